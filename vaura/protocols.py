@@ -1,0 +1,84 @@
+"""The contracts of the house on one page. Everything else is an implementation of one of these.
+
+Shape legend, used in every docstring:
+
+    B batch    K codebooks    T token frames    S steps of the LM (T + the longest delay)    V codebook size
+    D width of the LM    C channels of a channel condition    E feature width    F video frames    M features
+    P prefix length    A audio channels    N audio samples
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Protocol, runtime_checkable
+
+from torch import Tensor
+
+ABSENT = -1
+"""A code that is not there: padding, or not generated yet. It is never embedded and never scored."""
+
+
+@runtime_checkable
+class Tokenizer(Protocol):
+    """Signal <-> codes. Frozen inside a task."""
+
+    num_codebooks: int
+    codebook_size: int
+    sample_rate: int
+    channels: int
+    frame_rate: float  # token frames per second, never rounded
+
+    def num_frames(self, duration: float) -> int:
+        """Token frames that cover `duration` seconds."""
+        ...
+
+    def encode(self, wav: Tensor) -> Tensor:
+        """wav (B, A, N) in [-1, 1] at `sample_rate` -> codes (B, K, T) int64."""
+        ...
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """codes (B, K, T) -> wav (B, A, N) with N = T * sample_rate / frame_rate."""
+        ...
+
+
+@runtime_checkable
+class Encoder(Protocol):
+    """Video -> features, no way back. Frozen inside a task."""
+
+    dim: int
+    frame_rate: float  # features per second, never rounded; feature m covers [m, m + 1) / frame_rate seconds
+    fps: float  # video frames per second it wants
+    size: int  # side of the square frame it wants, pixels
+
+    def __call__(self, video: Tensor) -> Tensor:
+        """video (B, F, 3, H, W) uint8 at `fps` -> features (B, M, E)."""
+        ...
+
+
+class Vocoder(Protocol):
+    """Mel or units -> waveform."""
+
+    sample_rate: int
+
+    def __call__(self, mel: Tensor) -> Tensor:
+        """log-mel (B, n_mels, M) -> wav (B, 1, N)."""
+        ...
+
+
+@dataclass(frozen=True)
+class Condition:
+    """What the LM may look at besides its own tokens. `channel` (B, T, C) holds one vector a token frame."""
+
+    channel: Tensor | None = None
+
+    def window(self, start: int, stop: int) -> Condition:
+        """The part that belongs to token frames [start, stop)."""
+        return self if self.channel is None else replace(self, channel=self.channel[:, start:stop])
+
+
+class Conditioner(Protocol):
+    """Features -> condition. Rows marked in `drop` (B,) bool see the learned null instead: dropout in training, guidance later."""
+
+    def __call__(self, features: Tensor, frames: int, drop: Tensor | None = None) -> Condition:
+        """features (B, M, E) -> the condition of `frames` token frames."""
+        ...
