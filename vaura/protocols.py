@@ -77,7 +77,7 @@ class Condition:
 
 
 class Conditioner(Protocol):
-    """Features -> condition. Rows marked in `drop` (B,) bool see the learned null instead: dropout in training, guidance later."""
+    """Features -> condition. Rows marked in `drop` (B,) bool see the learned null: training dropout, and guidance later."""
 
     def __call__(self, features: Tensor, frames: int, drop: Tensor | None = None) -> Condition:
         """features (B, M, E) -> the condition of `frames` token frames."""

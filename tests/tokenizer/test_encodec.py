@@ -1,0 +1,184 @@
+import hashlib
+import math
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+from hydra.utils import get_class
+from omegaconf import OmegaConf
+from torch import Tensor, nn
+
+from vaura.errors import InputError
+from vaura.tokenizer import encodec
+from vaura.tokenizer.encodec import PUBLISHED, EnCodec
+
+CONFIGS = Path(__file__).parents[2] / "configs" / "tokenizer"
+MODELS = [(name, bandwidth) for name, published in PUBLISHED.items() for bandwidth in published.bandwidths]
+
+
+def sound(channels: int, samples: int, batch: int = 2) -> Tensor:
+    wav = torch.randn(batch, channels, samples, generator=torch.Generator().manual_seed(samples))
+    return 0.2 * wav * torch.linspace(0, 1, samples) ** 2
+
+
+@pytest.fixture(scope="module")
+def package(tmp_path_factory) -> dict[str, tuple[nn.Module, Path]]:
+    """The package's two models with weights of chance and codebooks as wide as their latents, and the files of these."""
+    made = {}
+    for name, published in PUBLISHED.items():
+        torch.manual_seed(0)
+        codec = encodec.build(name)
+        latents = codec.encoder(sound(published.channels, 4800)).detach()
+        for number, layer in enumerate(codec.quantizer.vq.layers):
+            spread = latents.std((0, 2)) * 0.8**number
+            layer._codebook.embed.copy_((latents.mean((0, 2)) if number == 0 else 0) + spread * torch.randn(1024, 128))
+        path = tmp_path_factory.mktemp("weights") / published.file
+        torch.save(codec.state_dict(), path)
+        made[name] = codec, path
+    return made
+
+
+@pytest.mark.parametrize(("name", "bandwidth"), MODELS)
+def test_equals_the_package(package, name, bandwidth):
+    codec, path = package[name]
+    ours = EnCodec(name, bandwidth, str(path))
+    codec.set_target_bandwidth(bandwidth)
+    wav = sound(ours.channels, 3201)
+    with torch.no_grad():
+        [(codes, scale)] = codec.encode(wav)  # less than a second: one segment for both models
+        theirs = codec.decode([(codes, scale)])
+    assert torch.equal(ours.encode(wav), codes)
+    assert codes.shape == (2, ours.num_codebooks, 11)
+    assert len(codes.unique()) > 20
+    if scale is not None:
+        theirs = theirs / scale[:, :, None] * ours.loudness
+    torch.testing.assert_close(ours.decode(codes), theirs, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(("name", "facts"), [("24khz", (24_000, 1, 75.0)), ("48khz", (48_000, 2, 150.0))])
+def test_facts_of_the_models(package, name, facts):
+    ours = EnCodec(name, 3, str(package[name][1]))
+    assert (ours.sample_rate, ours.channels, ours.frame_rate) == facts
+    assert ours.num_frames(2.56) == 2.56 * facts[2]
+    assert not any(parameter.requires_grad for parameter in ours.parameters())
+
+
+@pytest.mark.parametrize(
+    ("name", "bandwidth", "codebooks"), [("24khz", 1.5, 2), ("24khz", 24, 32), ("48khz", 3, 2), ("48khz", 24, 16)]
+)
+def test_codebooks_follow_the_bandwidth(package, name, bandwidth, codebooks):
+    assert EnCodec(name, bandwidth, str(package[name][1])).num_codebooks == codebooks
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize("samples", [1, 320, 321])
+def test_codes_cover_the_sound_in_one_stream(package, name, samples):
+    ours = EnCodec(name, 3, str(package[name][1]))
+    codes = ours.encode(sound(ours.channels, samples, batch=1))
+    frames = math.ceil(samples / 320)
+    assert codes.shape == (1, ours.num_codebooks, frames)
+    assert ours.decode(codes).shape == (1, ours.channels, frames * 320)
+
+
+def test_more_than_a_second_of_stereo_is_still_one_stream(package):
+    ours = EnCodec("48khz", 3, str(package["48khz"][1]))
+    assert ours.encode(sound(2, 50_000, batch=1)).shape == (1, 2, 157)
+
+
+def test_stereo_codes_do_not_depend_on_level(package):
+    ours = EnCodec("48khz", 6, str(package["48khz"][1]), loudness=0.05)
+    wav = sound(2, 9600)
+    assert (ours.encode(wav) == ours.encode(0.125 * wav)).float().mean() > 0.99
+    double = EnCodec("48khz", 6, str(package["48khz"][1]), loudness=0.1)
+    codes = ours.encode(wav)
+    torch.testing.assert_close(double.decode(codes), 2 * ours.decode(codes))
+
+
+def test_half_precision_around_it_changes_nothing(package):
+    ours = EnCodec("24khz", 3, str(package["24khz"][1]))
+    wav = sound(1, 6400)
+    codes = ours.encode(wav)
+    plain = ours.decode(codes)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(ours.encode(wav), codes)
+        torch.testing.assert_close(ours.decode(codes), plain)
+
+
+def test_wrong_choices_list_the_right_ones(package):
+    with pytest.raises(InputError, match="choose from 24khz, 48khz"):
+        EnCodec("32khz", 6)
+    with pytest.raises(InputError, match=r"7 kbps; the 24khz model has 1\.5, 3, 6, 12, 24"):
+        EnCodec("24khz", 7)
+    with pytest.raises(InputError, match=r"1\.5 kbps; the 48khz model has 3, 6, 12, 24"):
+        EnCodec("48khz", 1.5)
+    ours = EnCodec("24khz", 3, str(package["24khz"][1]))
+    with pytest.raises(InputError, match="encodes 1 channels"):
+        ours.encode(torch.zeros(1, 2, 320))
+    with pytest.raises(InputError, match="from 0 to 1023"):
+        ours.decode(torch.full((1, 4, 3), 1024))
+
+
+def test_files_that_do_not_fit_are_told(package, tmp_path):
+    _, path = package["24khz"]
+    with pytest.raises(InputError, match="no file"):
+        EnCodec("24khz", 6, str(tmp_path / "absent.th"))
+    whole = path.read_bytes()
+    for name, content in (("cut.th", whole[: len(whole) // 2]), ("text.th", b"<html>not found</html>"), ("empty.th", b"")):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(InputError, match=f"{name} is damaged"):
+            EnCodec("24khz", 6, str(tmp_path / name))
+    torch.save({"weights": Path("code, not tensors")}, tmp_path / "pickle.th")
+    with pytest.raises(InputError, match="more than plain tensors"):
+        EnCodec("24khz", 6, str(tmp_path / "pickle.th"))
+    torch.save(torch.zeros(2), tmp_path / "tensor.th")
+    with pytest.raises(InputError, match="no named tensors"):
+        EnCodec("24khz", 6, str(tmp_path / "tensor.th"))
+
+
+def test_keys_that_do_not_fit_are_named(package, tmp_path):
+    state = torch.load(package["24khz"][1], weights_only=True)
+    key = "decoder.model.0.conv.conv.bias"
+    bias = state.pop(key)
+    torch.save(state, tmp_path / "w.th")
+    with pytest.raises(InputError, match=f"the key {key} is missing"):
+        EnCodec("24khz", 6, str(tmp_path / "w.th"))
+    torch.save(state | {key: bias, "alien": bias}, tmp_path / "w.th")
+    with pytest.raises(InputError, match="the key alien is unknown"):
+        EnCodec("24khz", 6, str(tmp_path / "w.th"))
+    torch.save(state | {key: bias[:-1]}, tmp_path / "w.th")
+    with pytest.raises(InputError, match=rf"{key} has the shape \({len(bias) - 1},\)"):
+        EnCodec("24khz", 6, str(tmp_path / "w.th"))
+    with pytest.raises(InputError, match=r"has the shape|the key"):
+        EnCodec("48khz", 6, str(package["24khz"][1]))
+
+
+def test_without_a_file_the_published_one_comes_from_the_cache(package, monkeypatch, tmp_path):
+    _, path = package["24khz"]
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    published = encodec.Published(f"encodec_24khz-{digest[:8]}.th", 24_000, 1, (6,))
+    monkeypatch.setitem(PUBLISHED, "24khz", published)
+    monkeypatch.setenv("VAURA_CACHE", str(tmp_path))
+    (tmp_path / published.file).write_bytes(path.read_bytes())
+    wav = sound(1, 3200)
+    assert torch.equal(EnCodec("24khz", 6).encode(wav), EnCodec("24khz", 6, str(path)).encode(wav))
+    (tmp_path / published.file).write_bytes(path.read_bytes() + b"0")
+    with pytest.raises(InputError, match="delete it and run again"):
+        EnCodec("24khz", 6)
+
+
+def test_names_and_hashes_are_those_of_the_package():
+    source = (Path(find_spec("encodec").submodule_search_locations[0]) / "model.py").read_text()
+    for published in PUBLISHED.values():
+        assert f"'{published.file}'" in source
+    assert f"'{encodec.FOLDER}'" in source
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_configs_name_a_model_and_state_the_licence(package, name):
+    path = CONFIGS / f"encodec_{name}.yaml"
+    config = OmegaConf.to_container(OmegaConf.load(path))
+    config["weights"] = str(package[name][1])
+    ours = get_class(config.pop("_target_"))(**config)
+    assert (ours.sample_rate, ours.num_codebooks) == {"24khz": (24_000, 8), "48khz": (48_000, 4)}[name]
+    assert "CC-BY-NC 4.0" in path.read_text()

@@ -1,0 +1,164 @@
+"""Clips as tensors: the data set, the order in which training sees it, and the batch."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from vaura.data.manifest import Clip
+from vaura.errors import InputError
+from vaura.media.audio import read_audio
+from vaura.media.video import read_video
+from vaura.progress import track
+from vaura.seeds import seed_of
+
+Batch = dict[str, Any]
+"""`video` (B, F, 3, H, W) uint8, `audio` (B, A, N), `id` list of str, `start` (B,) seconds."""
+
+
+class ClipDataset(Dataset):
+    """Picture and sound of the same span, cut from the files on the fly.
+
+    An item is asked for as (epoch, index). With `random_start` the span of a clip moves with the epoch, by a seed of its own, so
+    that neither workers nor ranks nor an interruption change what is seen; otherwise it starts where the clip does.
+
+    Args:
+        clips: what to read.
+        duration: seconds of every item.
+        fps, size: frames a second and side of the square picture, pixels.
+        sample_rate, channels: of the sound.
+    """
+
+    def __init__(
+        self,
+        clips: list[Clip],
+        duration: float,
+        *,
+        fps: float,
+        size: int,
+        sample_rate: int,
+        channels: int,
+        random_start: bool = False,
+        seed: int = 0,
+    ) -> None:
+        self.clips, self.duration = clips, duration
+        self.fps, self.size, self.sample_rate, self.channels = fps, size, sample_rate, channels
+        self.random_start, self.seed = random_start, seed
+        self.kept: dict[int, Batch] | None = None
+
+    def __len__(self) -> int:
+        return len(self.clips)
+
+    def start_of(self, epoch: int, index: int) -> float:
+        """Where in the file item (epoch, index) begins, seconds."""
+        clip = self.clips[index]
+        slack = clip.duration - self.duration
+        if not self.random_start or slack <= 0:
+            return clip.start
+        draw = torch.rand((), generator=torch.Generator().manual_seed(seed_of(self.seed, clip.id, epoch)))
+        return clip.start + slack * float(draw)
+
+    def __getitem__(self, key: tuple[int, int]) -> Batch | None:
+        """The item, or None (with a warning that names the file) where it cannot be read."""
+        epoch, index = key
+        if self.kept is not None and index in self.kept:
+            return self.kept[index]
+        clip, start = self.clips[index], self.start_of(epoch, index)
+        try:
+            video = read_video(clip.video, start, self.duration, self.fps, self.size)
+            audio = read_audio(clip.video, start, self.duration, self.sample_rate, self.channels)
+        except InputError as error:
+            warnings.warn(f"left out of this batch: {error}", stacklevel=2)
+            return None
+        return {"id": clip.id, "start": start, "video": video, "audio": audio}
+
+    def keep_all(self, workers: int) -> None:
+        """Read every clip once and keep it in memory; for corpora of fixed spans that fit there."""
+        indices = [(0, index) for index in range(len(self))]
+        loader = DataLoader(self, batch_size=None, sampler=indices, num_workers=workers)
+        kept = {index: item for (_, index), item in zip(indices, track(loader, "read the clips", len(self)), strict=True)}
+        self.kept = kept
+
+
+class TokenDataset(Dataset):
+    """Codes and features of every clip, made once: items are {"id", "start", "codes" (K, T), "features" (M, E)}."""
+
+    def __init__(self, ids: list[str], starts: Tensor, codes: Tensor, features: Tensor) -> None:
+        self.ids, self.starts, self.codes, self.features = ids, starts, codes, features
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, key: tuple[int, int]) -> Batch:
+        _, index = key
+        start = float(self.starts[index])
+        return {"id": self.ids[index], "start": start, "codes": self.codes[index], "features": self.features[index]}
+
+
+class EpochOrder(Sampler[tuple[int, int]]):
+    """(epoch, index) pairs: each epoch all items once, in an order that only the seed and the epoch decide.
+
+    Over `world_size` processes each takes every world_size-th item; in training the last ones are dropped so that all take
+    equally many. `epoch` and `begin` (items to leave out at the front) hold for the next pass.
+    """
+
+    def __init__(self, length: int, *, shuffle: bool, seed: int = 0, rank: int = 0, world_size: int = 1) -> None:
+        self.length, self.shuffle, self.seed, self.rank, self.world_size = length, shuffle, seed, rank, world_size
+        self.epoch, self.begin = 0, 0
+
+    def __len__(self) -> int:
+        return self.length // self.world_size if self.shuffle else -(-(self.length - self.rank) // self.world_size)
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        order = torch.arange(self.length)
+        if self.shuffle:
+            order = torch.randperm(
+                self.length, generator=torch.Generator().manual_seed(seed_of(self.seed, "order", self.epoch))
+            )
+        for index in order[self.rank :: self.world_size][self.begin : len(self)].tolist():
+            yield self.epoch, index
+
+
+class ClipLoader(DataLoader):
+    """A loader that goes on after any batch: its state is its epoch and the batches it has given in it.
+
+    With a shuffled order every pass is the next epoch; otherwise every pass is epoch 0, the same clips from the same instants.
+    """
+
+    def __init__(self, dataset: Dataset, order: EpochOrder, batch_size: int, workers: int) -> None:
+        super().__init__(dataset, batch_size, sampler=order, num_workers=workers, drop_last=order.shuffle, collate_fn=collate)
+        self.order = order
+        self.epoch, self.batches_done = -1, 0
+        self._goes_on = False
+
+    def __iter__(self) -> Iterator[Batch | None]:
+        if self._goes_on:
+            self._goes_on = False
+        else:
+            self.epoch, self.batches_done = self.epoch + 1, 0
+        self.order.epoch = self.epoch if self.order.shuffle else 0
+        self.order.begin = self.batches_done * (self.batch_size or 1)
+        for batch in super().__iter__():
+            self.batches_done += 1
+            yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        return {"epoch": self.epoch, "batches_done": self.batches_done}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.epoch, self.batches_done = state["epoch"], state["batches_done"]
+        self._goes_on = self.batches_done < len(self)
+
+
+def collate(items: list[Batch | None]) -> Batch | None:
+    """Stack the items that could be read; None where none could."""
+    read = [item for item in items if item is not None]
+    if not read:
+        return None
+    batch: Batch = {"id": [item["id"] for item in read], "start": torch.tensor([item["start"] for item in read])}
+    return batch | {key: torch.stack([item[key] for item in read]) for key in read[0] if key not in batch}

@@ -1,0 +1,219 @@
+"""The token LM in one file: a LLaMA-style decoder over K codebooks.
+
+- One step reads K codes at once: the sum of K embeddings, joined to the channel condition of that step, [condition, tokens].
+- Pre-norm blocks with RMSNorm, rotary positions on adjacent channel pairs, SwiGLU, no biases; K output heads.
+- The codebook pattern never leaves this folder: `forward` takes codes and gives logits aligned with them.
+- Attention writes into a cache that the caller holds and passes; without one it is plain causal attention.
+
+Sources: Touvron et al. 2023 (LLaMA); Su et al. 2021 (rotary positions); Copet et al. 2023 (codebook patterns);
+Viertola et al. 2024, "Temporally Aligned Audio for Video with Autoregression" (V-AURA).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from vaura.errors import InputError
+from vaura.lm.pattern import delay, delays_of, undelay
+from vaura.protocols import ABSENT, Condition
+
+
+@dataclass
+class KVCache:
+    """Keys and values of the steps so far, one pair (B, H, max_steps, D/H) a layer."""
+
+    keys: list[Tensor]
+    values: list[Tensor]
+
+    @property
+    def max_steps(self) -> int:
+        return self.keys[0].shape[2]
+
+    def update(self, layer: int, start: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Write k, v (B, H, S, D/H) of steps [start, start + S); return all keys and values up to there."""
+        stop = start + k.shape[2]
+        self.keys[layer][:, :, start:stop] = k
+        self.values[layer][:, :, start:stop] = v
+        return self.keys[layer][:, :, :stop], self.values[layer][:, :, :stop]
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm; statistics in float32 (Zhang and Sennrich 2019)."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float()
+        return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).type_as(x) * self.weight
+
+
+def rotary_table(start: int, steps: int, head_dim: int, base: float, device: torch.device) -> Tensor:
+    """Rotations of the positions [start, start + steps): (S, D/H/2, 2) cosines and sines."""
+    frequency = base ** (-torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim)
+    angle = torch.outer(torch.arange(start, start + steps, device=device, dtype=torch.float32), frequency)
+    return torch.stack([angle.cos(), angle.sin()], dim=-1)
+
+
+def rotate(x: Tensor, table: Tensor) -> Tensor:
+    """Turn the adjacent channel pairs of x (B, H, S, D/H) by `table`."""
+    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    cos, sin = table.unbind(-1)
+    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).type_as(x)
+
+
+class Attention(nn.Module):
+    def __init__(self, dim: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
+        self.out = nn.Linear(dim, dim, bias=False)
+
+    def forward(self, x: Tensor, table: Tensor, cache: KVCache | None, layer: int, start: int) -> Tensor:
+        q, k, v = rearrange(self.qkv(x), "b s (n h d) -> n b h s d", n=3, h=self.num_heads)
+        q, k = rotate(q, table), rotate(k, table)
+        if cache is not None:
+            k, v = cache.update(layer, start, k, v)
+        mask = None
+        if start > 0 and x.shape[1] > 1:  # a later piece of several steps: causal, but not square
+            mask = torch.ones(x.shape[1], k.shape[2], dtype=torch.bool, device=x.device).tril(start)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=start == 0 and x.shape[1] > 1)
+        return self.out(rearrange(y, "b h s d -> b s (h d)"))
+
+
+class SwiGLU(nn.Module):
+    def __init__(self, dim: int, multiple: int) -> None:
+        super().__init__()
+        hidden = -(-int(8 * dim / 3) // multiple) * multiple
+        self.gate = nn.Linear(dim, hidden, bias=False)
+        self.up = nn.Linear(dim, hidden, bias=False)
+        self.down = nn.Linear(hidden, dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.silu(self.gate(x)) * self.up(x))
+
+
+class Block(nn.Module):
+    def __init__(self, dim: int, num_heads: int, ffn_multiple: int, norm_eps: float, dropout: float) -> None:
+        super().__init__()
+        self.attention_norm = RMSNorm(dim, norm_eps)
+        self.attention = Attention(dim, num_heads)
+        self.ffn_norm = RMSNorm(dim, norm_eps)
+        self.ffn = SwiGLU(dim, ffn_multiple)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, table: Tensor, cache: KVCache | None, layer: int, start: int) -> Tensor:
+        x = x + self.dropout(self.attention(self.attention_norm(x), table, cache, layer, start))
+        return x + self.dropout(self.ffn(self.ffn_norm(x)))
+
+
+class TokenLM(nn.Module):
+    """Predicts codes from the codes before them and a condition.
+
+    Args:
+        num_codebooks, codebook_size: K and V of the tokenizer.
+        num_layers, dim, num_heads: depth, width D, attention heads.
+        channels: width C of the channel condition; the token embedding takes the other D - C. 0: none.
+        pattern: "delay" or "parallel", see `pattern.py`.
+        dropout: on the input and on what each block adds.
+        ffn_multiple: the SwiGLU width is 8 D / 3 rounded up to a multiple of this.
+        rope_base, norm_eps: base of the rotary frequencies, epsilon of the norms.
+    """
+
+    def __init__(
+        self,
+        num_codebooks: int,
+        codebook_size: int,
+        num_layers: int,
+        dim: int,
+        num_heads: int,
+        channels: int = 0,
+        pattern: str = "delay",
+        dropout: float = 0.0,
+        ffn_multiple: int = 256,
+        rope_base: float = 10_000.0,
+        norm_eps: float = 1e-5,
+    ) -> None:
+        super().__init__()
+        if dim % num_heads or (dim // num_heads) % 2:
+            raise InputError(f"lm.dim={dim} must split into lm.num_heads={num_heads} heads of an even width")
+        if not 0 <= channels < dim:
+            raise InputError(f"lm.channels={channels} must leave room for the tokens in lm.dim={dim}")
+        self.num_codebooks, self.codebook_size, self.special = num_codebooks, codebook_size, codebook_size
+        self.delays = delays_of(pattern, num_codebooks)
+        self.dim, self.num_heads, self.channels, self.rope_base = dim, num_heads, channels, rope_base
+        self.embeddings = nn.ModuleList(nn.Embedding(codebook_size + 1, dim - channels) for _ in range(num_codebooks))
+        self.after_end = nn.Parameter(torch.empty(channels))  # the channel condition of steps past the last frame
+        self.dropout = nn.Dropout(dropout)
+        self.blocks = nn.ModuleList(Block(dim, num_heads, ffn_multiple, norm_eps, dropout) for _ in range(num_layers))
+        self.norm = RMSNorm(dim, norm_eps)
+        self.heads = nn.ModuleList(nn.Linear(dim, codebook_size, bias=False) for _ in range(num_codebooks))
+        self.apply(self._initialise)
+        nn.init.normal_(self.after_end, std=0.02)
+        for head in self.heads:
+            nn.init.zeros_(head.weight)  # the first loss is exactly ln V
+
+    @staticmethod
+    def _initialise(module: nn.Module) -> None:
+        if isinstance(module, nn.Linear | nn.Embedding):
+            nn.init.normal_(module.weight, std=0.02)
+
+    def num_steps(self, frames: int) -> int:
+        """Steps that predict `frames` token frames."""
+        return frames + max(self.delays)
+
+    def new_cache(self, batch_size: int, max_steps: int) -> KVCache:
+        """An empty cache on the model's device, in its number format."""
+        weight = self.norm.weight
+        shape = (batch_size, self.num_heads, max_steps, self.dim // self.num_heads)
+        return KVCache([weight.new_zeros(shape) for _ in self.blocks], [weight.new_zeros(shape) for _ in self.blocks])
+
+    def forward(self, codes: Tensor, condition: Condition) -> Tensor:
+        """codes (B, K, T), ABSENT where nothing is known -> logits (B, K, T, V): [..., t, :] predicts codes[..., t]."""
+        steps = F.pad(delay(codes, self.delays, ABSENT), (1, -1), value=ABSENT)
+        return undelay(self.step(steps, condition), self.delays)
+
+    def loss(self, codes: Tensor, condition: Condition, given: Tensor | None = None) -> Tensor:
+        """Mean cross-entropy of every codebook (K,), in nats. ABSENT codes are not scored.
+
+        `given` (B, K, T) is what the LM may read in place of `codes`: training hides parts of it.
+        """
+        logits = self(codes if given is None else given, condition)
+        scored = codes != ABSENT
+        losses = F.cross_entropy(logits.float().flatten(0, 2), codes.flatten(), ignore_index=ABSENT, reduction="none")
+        return losses.view_as(codes).sum((0, 2)) / scored.sum((0, 2)).clamp(min=1)
+
+    def step(self, steps: Tensor, condition: Condition, cache: KVCache | None = None, start: int = 0) -> Tensor:
+        """Steps (B, K, S) at positions [start, start + S) -> logits (B, K, S, V) of what each position is to hold next.
+
+        Position 0 reads nothing (all ABSENT); position s reads what step s - 1 of the pattern holds.
+        """
+        x = self._embed(steps, condition, start)
+        table = rotary_table(start, steps.shape[2], self.dim // self.num_heads, self.rope_base, x.device)
+        for layer, block in enumerate(self.blocks):
+            x = block(x, table, cache, layer, start)
+        x = self.norm(x)
+        return torch.stack([head(x) for head in self.heads], dim=1)
+
+    def _embed(self, steps: Tensor, condition: Condition, start: int) -> Tensor:
+        ids = torch.where(steps == ABSENT, self.special, steps)
+        x = torch.stack([embed(ids[:, k]) for k, embed in enumerate(self.embeddings)]).sum(0)
+        if self.channels:
+            x = torch.cat([self._channel(condition, start, steps.shape[2]).to(x.dtype), x], dim=-1)
+        return self.dropout(x)
+
+    def _channel(self, condition: Condition, start: int, count: int) -> Tensor:
+        if condition.channel is None:
+            raise ValueError(f"this LM reads a channel condition of width {self.channels} and was given none")
+        channel = condition.channel[:, start : start + count]
+        missing = count - channel.shape[1]
+        if missing:
+            channel = torch.cat([channel, self.after_end.to(channel).expand(channel.shape[0], missing, -1)], dim=1)
+        return channel

@@ -1,0 +1,143 @@
+"""The verb `train`: fit what is not fitted yet, then the token LM."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import torch
+from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
+from omegaconf import DictConfig
+
+from vaura import experiment
+from vaura.config import check_components, instantiate, run_dir, save_config
+from vaura.data.module import VideoData
+from vaura.progress import track
+from vaura.seeds import seed_of
+from vaura.task.callbacks import GradientNorm, LastCheckpoint, Preview, StepBar, StepSeeds
+from vaura.task.token_prediction import TokenPrediction
+
+
+def train(config: DictConfig) -> Path:
+    """Train the experiment that `config` composes; returns its folder."""
+    check_components(config)
+    folder = run_dir()
+    if rank_zero_only.rank == 0:
+        experiment.begin(config, folder)
+    torch.manual_seed(seed_of(config.seed, "weights"))
+    task = experiment.build(config, folder)
+    data = load_data(config, task)
+    prepare(config, task, data, folder)
+    learn(config, task, data, folder)
+    if rank_zero_only.rank == 0:
+        print(f"experiment: {folder}")
+    return folder
+
+
+def load_data(config: DictConfig, task: TokenPrediction) -> VideoData:
+    """The run's data, read as its encoder and its tokenizer want it."""
+    encoder, tokenizer = task.encoder, task.tokenizer
+    return instantiate(
+        config.data,
+        fps=encoder.fps,
+        size=encoder.size,
+        sample_rate=tokenizer.sample_rate,
+        channels=tokenizer.channels,
+    )
+
+
+def prepare(config: DictConfig, task: TokenPrediction, data: VideoData, folder: Path) -> None:
+    """Fit the tokenizer and teach the encoder, each only where it is not ready, and keep them in the experiment."""
+    if not getattr(task.tokenizer, "fitted", True):
+        fit_tokenizer(task, data, folder / experiment.TOKENIZER, config.seed)
+    if not getattr(task.encoder, "learnt", True):
+        teach_encoder(config, task, data, folder)
+
+
+def fit_tokenizer(task: TokenPrediction, data: VideoData, path: Path, seed: int) -> None:
+    """Fit on the sound of the training clips; one process does it, the others wait for its file."""
+    if rank_zero_only.rank == 0:
+        sounds = (item["audio"] for item in track(data.items("train"), "listen to the clips", len(data.clips["train"])))
+        task.tokenizer.fit(sounds, seed=seed_of(seed, "tokenizer") % 2**31)
+        task.tokenizer.save(path)
+    else:
+        while not path.is_file():
+            time.sleep(0.5)
+        task.tokenizer.load(path)
+
+
+def teach_encoder(config: DictConfig, task: TokenPrediction, data: VideoData, folder: Path) -> None:
+    """Learn the visual tower by contrast with the sound of the training clips."""
+    contrast = instantiate(config.contrast.task, encoder=task.encoder, sample_rate=task.tokenizer.sample_rate)
+    task.encoder.requires_grad_(True)
+    stage = folder / "encoder"
+    every = config.logging.last_every
+    batch_size = config.contrast.batch_size
+    fit(contrast, data, config.contrast.trainer, stage, config.seed, "teach the encoder", every, batch_size=batch_size)
+    task.encoder.requires_grad_(False).eval()
+    task.encoder.learnt = True
+    if rank_zero_only.rank == 0:
+        task.encoder.save(folder / experiment.ENCODER)
+
+
+def learn(config: DictConfig, task: TokenPrediction, data: VideoData, folder: Path) -> None:
+    """Train the token LM with checkpoints by validation loss, early stopping and sound to listen to."""
+    logging = config.logging
+    watchers: list[Callback] = [LearningRateMonitor("step")]
+    if data.clips["val"]:
+        watchers += [
+            ModelCheckpoint(
+                folder / experiment.CHECKPOINTS,
+                filename="epoch={epoch}-step={step}-val_loss={val/loss:.3f}",
+                auto_insert_metric_name=False,
+                monitor="val/loss",
+                save_top_k=logging.keep_best,
+            ),
+            EarlyStopping("val/loss", patience=logging.patience),
+            Preview(data.dataset("val"), logging.preview_clips, instantiate(logging.sampler), logging.guidance),
+        ]
+    every = logging.last_every
+    fit(task, data, config.trainer, folder, config.seed, "train the token LM", every, watchers, resume=config.resume)
+
+
+def fit(
+    module: LightningModule,
+    data: VideoData,
+    trainer: DictConfig,
+    folder: Path,
+    seed: int,
+    title: str,
+    last_every: int,
+    watchers: list[Callback] | None = None,
+    *,
+    batch_size: int | None = None,
+    resume: str | None = None,
+) -> None:
+    """Lightning's fit in `folder`. Goes on from `resume`, or from the last checkpoint that the folder holds already."""
+    last = LastCheckpoint(folder / experiment.CHECKPOINTS, last_every)
+    engine: Trainer = instantiate(
+        trainer,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,
+        default_root_dir=folder,
+        logger=TensorBoardLogger(folder, name="tensorboard", version=""),
+        callbacks=[StepSeeds(seed), StepBar(title), GradientNorm(), *(watchers or []), last],
+    )
+    start = Path(resume) if resume else last.path if last.path.is_file() else None
+    if start is not None:
+        experiment.read_checkpoint(start)
+    try:
+        engine.fit(
+            module,
+            data.loader("train", engine.global_rank, engine.world_size, batch_size),
+            data.loader("val", engine.global_rank, engine.world_size, batch_size) if data.clips["val"] else None,
+            ckpt_path=start,
+            weights_only=True,
+        )
+    except SystemExit as exit_asked:  # Lightning's answer to Ctrl-C
+        raise KeyboardInterrupt from exit_asked

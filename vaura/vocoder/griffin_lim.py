@@ -1,0 +1,119 @@
+"""Mel back to sound without anything learned: Griffin-Lim that starts from the phase the magnitudes imply."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vaura.errors import InputError
+from vaura.media.mel import LogMel, stft
+
+FRAMES_AT_ONCE = 2048  # keeps the working set of a pass near the size of a CPU cache
+HANN_SPREAD = 0.25645  # a Hann window of L samples is closest to the Gaussian exp(-pi t^2 / (0.25645 L^2))
+RISE = 0.2  # nepers between two frames above which a bin is struck rather than ringing on
+
+
+class GriffinLim(nn.Module):
+    """log-mel (B, n_mels, M) as written by `LogMel` with the same settings -> wav (B, 1, M * hop_length).
+
+    Nothing is drawn at random, so equal mels sound equal whatever else is in the batch. Raises InputError where the hop is
+    longer than half a window, from which no phase can be recovered.
+    """
+
+    def __init__(
+        self,
+        sample_rate: int,
+        n_mels: int,
+        n_fft: int,
+        hop_length: int,
+        floor: float,
+        f_min: float = 0.0,
+        f_max: float | None = None,
+        iterations: int = 8,
+        momentum: float = 0.99,
+        inversions: int = 8,
+    ) -> None:
+        super().__init__()
+        if 2 * hop_length > n_fft:
+            raise InputError(f"vocoder.hop_length is {hop_length}; choose at most half of n_fft, which is {n_fft // 2}")
+        self.sample_rate = sample_rate
+        self.iterations = iterations
+        self.momentum = momentum
+        self.inversions = inversions
+        self.analysis = LogMel(sample_rate, n_mels, n_fft, hop_length, floor, f_min, f_max)
+
+    @torch.no_grad()
+    def forward(self, mel: Tensor) -> Tensor:
+        parts = mel.float().split(max(1, FRAMES_AT_ONCE // mel.shape[-1]))
+        with torch.autocast(mel.device.type, enabled=False):
+            return torch.cat([self._sound(part) for part in parts])[:, None]
+
+    def _sound(self, mel: Tensor) -> Tensor:
+        """log-mel (B, n_mels, M) -> wav (B, N). Fast Griffin-Lim: Perraudin, Balazs, Sondergaard 2013."""
+        window, hop = self.analysis.window, self.analysis.hop_length
+        magnitude = self.magnitude(mel)
+        gain = 1 / overlap_add((window * window).expand(1, mel.shape[-1], -1), hop)
+        spectrum = torch.polar(magnitude, implied_phase(magnitude, hop))
+        before = None
+        for _ in range(self.iterations):
+            consistent = stft(self._join(spectrum, gain), window, hop)
+            pushed = consistent if before is None else consistent + self.momentum * (consistent - before)
+            spectrum = pushed * (magnitude / pushed.abs().clamp_min(1e-9))
+            before = consistent
+        return self._join(spectrum, gain)
+
+    def magnitude(self, mel: Tensor) -> Tensor:
+        """The non-negative spectrum (B, M, n_fft / 2 + 1) of nearest mel: multiplicative steps of Lee and Seung 2001."""
+        filters = self.analysis.filters
+        mel = (mel.exp() - self.analysis.floor).clamp_min(0).transpose(1, 2)
+        target = mel @ filters.T
+        magnitude = (mel / filters.square().sum(0).clamp_min(1e-12)) @ filters.T
+        for _ in range(self.inversions):
+            magnitude = magnitude * target / ((magnitude @ filters) @ filters.T + 1e-12)
+        return magnitude
+
+    def _join(self, spectrum: Tensor, gain: Tensor) -> Tensor:
+        """Spectrum (B, M, n_fft / 2 + 1) -> wav (B, N), the least-squares inverse of `stft`."""
+        window = self.analysis.window
+        return overlap_add(torch.fft.irfft(spectrum, window.shape[0]) * window, self.analysis.hop_length) * gain
+
+
+def overlap_add(frames: Tensor, hop_length: int) -> Tensor:
+    """Windowed frames (B, M, L) -> (B, M * hop_length), cut to the cells that the frames stand for."""
+    batch, count, length = frames.shape
+    reach = -(-length // hop_length)
+    cells = F.pad(frames, (0, reach * hop_length - length)).view(batch, count, reach, hop_length)
+    joined = frames.new_zeros(batch, count + reach - 1, hop_length)
+    for shift in range(reach):
+        joined[:, shift : shift + count] += cells[:, :, shift]
+    start = (length - hop_length) // 2
+    return joined.flatten(1)[:, start : start + count * hop_length]
+
+
+def implied_phase(magnitude: Tensor, hop_length: int) -> Tensor:
+    """A phase (B, M, bins) in keeping with the magnitude's own slopes, after Prusa, Balazs, Sondergaard 2017.
+
+    For a nearly Gaussian window the slope of log magnitude over time gives the group delay, and its slope over frequency the
+    instantaneous frequency. Where a bin rises it has just been struck and its phase comes from the delays, summed over
+    frequency, which puts the blow at its place inside the frame; while it rings on, its frequency is summed over time.
+    """
+    bins = magnitude.shape[-1]
+    length = 2 * (bins - 1)
+    spread = HANN_SPREAD * length**2
+    level = torch.log(magnitude + 1e-5)
+    over_time = _slope(level.transpose(1, 2)).transpose(1, 2) / hop_length
+    delay = (spread / (2 * torch.pi) * over_time).clamp(-length / 2, length / 2) + length / 2
+    struck = -torch.cumsum(delay * (2 * torch.pi / length), -1)
+    frequency = 2 * torch.pi / length * torch.arange(bins, device=magnitude.device) + length / spread * _slope(level)
+    ringing = torch.cumsum(hop_length * frequency, 1)
+    rises = level.diff(dim=1, prepend=level[:, :1] - 1) > RISE
+    frames = torch.arange(magnitude.shape[1], device=magnitude.device)[:, None]
+    last_blow = torch.where(rises, frames, 0).cummax(1).values
+    return (struck - ringing).gather(1, last_blow) + ringing
+
+
+def _slope(x: Tensor) -> Tensor:
+    """Central differences along the last axis."""
+    x = F.pad(x, (1, 1), mode="replicate")
+    return (x[..., 2:] - x[..., :-2]) / 2
