@@ -9,6 +9,9 @@ from torch import Tensor, nn
 from vaura.protocols import Condition
 from vaura.timing import align
 
+HOLD = 0.1
+"""Seconds that the last feature may stand in for: video and token frames end at different instants."""
+
 
 class ChannelConditioner(nn.Module):
     """Projects features to C channels and puts each beside the token frames during which it is on show.
@@ -30,11 +33,11 @@ class ChannelConditioner(nn.Module):
         self.fc2 = nn.Linear(channels, channels, bias=False)
 
     def forward(self, features: Tensor, frames: int, drop: Tensor | None = None) -> Condition:
-        """features (B, M, E), drop (B,) bool -> channel (B, frames, C). Features that end early are held for at most one."""
+        """features (B, M, E), drop (B,) bool -> channel (B, frames, C). Features that end early are held for `HOLD` seconds."""
         batch, num_features, _ = features.shape
         index = align(frames, self.frame_rate, self.feature_rate)
-        if frames and int(index[-1]) > num_features:
-            needed = int(index[-1]) + 1
+        needed = int(index[-1]) + 1
+        if needed - num_features > HOLD * self.feature_rate:
             raise ValueError(
                 f"{frames} token frames need {needed} features at {self.feature_rate} Hz; there are {num_features}"
             )

@@ -89,7 +89,7 @@ class QuickstartRun(TrainRun):
     action: str = "quickstart"
     world: Any = MISSING  # the synthetic clips
     generation: Any = MISSING  # how the held-out clips are generated
-    evaluation: Any = MISSING  # what is measured on them
+    evaluation: Any = MISSING  # how they are judged, and what is shown
 
 
 @dataclass
@@ -119,13 +119,10 @@ class EvaluateRun:
     action: str = "evaluate"
     name: str = "evaluate"  # the run's folder is logs/NAME/TIME
     samples: str = MISSING  # the folder of generated samples
-    manifest: str | None = None  # the true clips; none takes the ones beside the samples
-    experiment_path: str | None = None  # the experiment that made the samples
-    out: str | None = None  # the report; none writes it beside the samples
-    metrics: Any = None  # what is measured, one node per metric
-    batch_size: int = 8  # clips measured at once
-    seed: int = 0  # of everything random
-    device: str = "auto"  # auto, cpu, cuda, cuda:1
+    originals: str = MISSING  # the folder, or the manifest, of the videos with their own sound
+    out: str | None = None  # the file of the metrics; none writes metrics.json beside the samples
+    threshold: float = 0.15  # of an onset, share of 20 dB
+    tolerance: float = 0.05  # seconds between an onset and its truth
 
 
 SCHEMAS: dict[str, type] = {
@@ -427,6 +424,18 @@ def load_config(path: str | Path) -> DictConfig:
         raise InputError(f"{path} is no config: it holds a list, not keys and values")
     cfg.pop("defaults", None)
     return cfg
+
+
+def merge(cfg: DictConfig, changes: Any, where: str) -> DictConfig:
+    """`cfg` with `changes` over it, in memory. Raises InputError at a key that `cfg` lacks, naming the nearest."""
+    known = known_keys(cfg)
+    OmegaConf.set_struct(cfg, True)
+    try:
+        merged = OmegaConf.merge(cfg, changes)
+    except OmegaConfBaseException as error:
+        raise InputError(f"{where}: {_omegaconf_sentence(error, str(error.full_key or ''), known)}") from error
+    assert isinstance(merged, DictConfig)
+    return merged
 
 
 def instantiate(node: Any, **supplied: Any) -> Any:

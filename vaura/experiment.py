@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 from omegaconf import DictConfig
 
-from vaura.config import instantiate, load_config, save_config
+from vaura.config import instantiate, load_config, merge, save_config
 from vaura.errors import InputError, nearest
 from vaura.files import make_folder
 from vaura.task.token_prediction import TokenPrediction
@@ -47,12 +48,15 @@ def build(config: DictConfig, folder: Path | None = None) -> TokenPrediction:
 
 
 def load(
-    folder: str | Path, checkpoint: str | Path | None = None, device: str | torch.device = "cpu"
+    folder: str | Path,
+    checkpoint: str | Path | None = None,
+    device: str | torch.device = "cpu",
+    overrides: Any = None,
 ) -> tuple[TokenPrediction, DictConfig]:
     """The trained task of an experiment, in evaluation mode, and its configuration.
 
-    Takes the best checkpoint by validation loss unless one is named. Raises InputError where the folder is no experiment, or the
-    checkpoint is broken or of another model.
+    Takes the best checkpoint by validation loss unless one is named; `overrides` are merged over the configuration. Raises
+    InputError where the folder is no experiment, or the checkpoint is broken or of another model.
     """
     folder = Path(folder)
     path = folder / CONFIG
@@ -60,6 +64,8 @@ def load(
         near = nearest(folder.name, [p.name for p in folder.parent.iterdir()]) if folder.parent.is_dir() else ""
         raise InputError(f"{folder} is no experiment: it has no {CONFIG}; give the folder that a training run printed.{near}")
     config = load_config(path)
+    if overrides:
+        config = merge(config, overrides, f"overridden_hparams of {path}")
     task = build(config, folder)
     checkpoint = best_checkpoint(folder) if checkpoint is None else Path(checkpoint)
     state = read_checkpoint(checkpoint)

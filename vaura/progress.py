@@ -18,8 +18,8 @@ SECONDS_BETWEEN_LINES = 15.0
 class Bar:
     """Steps done of a known total; `note` is a short text beside the bar."""
 
-    def __init__(self, title: str, total: int) -> None:
-        self.title, self.total, self.done, self.note = title, total, 0, ""
+    def __init__(self, title: str, total: int, done: int = 0) -> None:
+        self.title, self.total, self.done, self.note = title, total, done, ""
 
     def advance(self, steps: int = 1, note: str | None = None) -> None:
         self.update(self.done + steps, note)
@@ -30,10 +30,10 @@ class Bar:
 
 
 class _TerminalBar(Bar):
-    def __init__(self, title: str, total: int, screen: Progress) -> None:
-        super().__init__(title, total)
+    def __init__(self, title: str, total: int, done: int, screen: Progress) -> None:
+        super().__init__(title, total, done)
         self.screen = screen
-        self.row = screen.add_task(title, total=total, note="")
+        self.row = screen.add_task(title, total=total, completed=done, note="")
 
     def update(self, done: int, note: str | None = None) -> None:
         super().update(done, note)
@@ -41,13 +41,12 @@ class _TerminalBar(Bar):
 
 
 class _LineBar(Bar):
-    def __init__(self, title: str, total: int) -> None:
-        super().__init__(title, total)
+    def __init__(self, title: str, total: int, done: int) -> None:
+        super().__init__(title, total, done)
         self.begun = self.spoke = time.monotonic()
-        self.begun_at: int | None = None
+        self.begun_at = done
 
     def update(self, done: int, note: str | None = None) -> None:
-        self.begun_at = self.done if self.begun_at is None else self.begun_at
         super().update(done, note)
         now = time.monotonic()
         if now - self.spoke >= SECONDS_BETWEEN_LINES and done < self.total:
@@ -64,10 +63,10 @@ class _LineBar(Bar):
 
 
 @contextmanager
-def bar(title: str, total: int) -> Iterator[Bar]:
-    """Show `total` steps of work named `title`."""
+def bar(title: str, total: int, done: int = 0) -> Iterator[Bar]:
+    """Show `total` steps of work named `title`, `done` of them by an earlier run."""
     if not sys.stderr.isatty():
-        line = _LineBar(title, total)
+        line = _LineBar(title, total, done)
         try:
             yield line
         finally:
@@ -83,7 +82,7 @@ def bar(title: str, total: int) -> Iterator[Bar]:
         TextColumn("{task.fields[note]}"),
     )
     with Progress(*columns, console=Console(stderr=True)) as screen:
-        yield _TerminalBar(title, total, screen)
+        yield _TerminalBar(title, total, done, screen)
 
 
 def track(items: Iterable[Item], title: str, total: int) -> Iterator[Item]:

@@ -49,6 +49,7 @@ class Encoder(Protocol):
     frame_rate: float  # features per second, never rounded; feature m covers [m, m + 1) / frame_rate seconds
     fps: float  # video frames per second it wants
     size: int  # side of the square frame it wants, pixels
+    context: float  # seconds on either side of an instant that its feature depends on
 
     def __call__(self, video: Tensor) -> Tensor:
         """video (B, F, 3, H, W) uint8 at `fps` -> features (B, M, E)."""

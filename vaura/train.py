@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import time
+import warnings
 from pathlib import Path
 
 import torch
@@ -13,12 +15,16 @@ from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig
 
 from vaura import experiment
-from vaura.config import check_components, instantiate, run_dir, save_config
+from vaura.config import check_components, instantiate, run_dir
 from vaura.data.module import VideoData
 from vaura.progress import track
 from vaura.seeds import seed_of
 from vaura.task.callbacks import GradientNorm, LastCheckpoint, Preview, StepBar, StepSeeds
 from vaura.task.token_prediction import TokenPrediction
+
+logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+for unhelpful in (".*number of training batches.*", ".*in eval mode at the start.*", ".*does not have many workers.*"):
+    warnings.filterwarnings("ignore", unhelpful)
 
 
 def train(config: DictConfig) -> Path:
@@ -85,7 +91,7 @@ def teach_encoder(config: DictConfig, task: TokenPrediction, data: VideoData, fo
 
 def learn(config: DictConfig, task: TokenPrediction, data: VideoData, folder: Path) -> None:
     """Train the token LM with checkpoints by validation loss, early stopping and sound to listen to."""
-    logging = config.logging
+    settings = config.logging
     watchers: list[Callback] = [LearningRateMonitor("step")]
     if data.clips["val"]:
         watchers += [
@@ -94,12 +100,12 @@ def learn(config: DictConfig, task: TokenPrediction, data: VideoData, folder: Pa
                 filename="epoch={epoch}-step={step}-val_loss={val/loss:.3f}",
                 auto_insert_metric_name=False,
                 monitor="val/loss",
-                save_top_k=logging.keep_best,
+                save_top_k=settings.keep_best,
             ),
-            EarlyStopping("val/loss", patience=logging.patience),
-            Preview(data.dataset("val"), logging.preview_clips, instantiate(logging.sampler), logging.guidance),
+            EarlyStopping("val/loss", patience=settings.patience),
+            Preview(data.dataset("val"), settings.preview_clips, instantiate(settings.sampler), settings.guidance),
         ]
-    every = logging.last_every
+    every = settings.last_every
     fit(task, data, config.trainer, folder, config.seed, "train the token LM", every, watchers, resume=config.resume)
 
 

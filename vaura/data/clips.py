@@ -24,8 +24,8 @@ Batch = dict[str, Any]
 class ClipDataset(Dataset):
     """Picture and sound of the same span, cut from the files on the fly.
 
-    An item is asked for as (epoch, index). With `random_start` the span of a clip moves with the epoch, by a seed of its own, so
-    that neither workers nor ranks nor an interruption change what is seen; otherwise it starts where the clip does.
+    An item is asked for as (epoch, index). With `random_start` the span of a clip moves with the epoch, by a seed of its own,
+    so that neither workers nor ranks nor an interruption change what is seen; otherwise it starts where the clip does.
 
     Args:
         clips: what to read.
@@ -131,7 +131,15 @@ class ClipLoader(DataLoader):
     """
 
     def __init__(self, dataset: Dataset, order: EpochOrder, batch_size: int, workers: int) -> None:
-        super().__init__(dataset, batch_size, sampler=order, num_workers=workers, drop_last=order.shuffle, collate_fn=collate)
+        super().__init__(
+            dataset,
+            batch_size,
+            sampler=order,
+            num_workers=workers,
+            drop_last=order.shuffle,
+            collate_fn=collate,
+            persistent_workers=workers > 0,
+        )
         self.order = order
         self.epoch, self.batches_done = -1, 0
         self._goes_on = False

@@ -86,9 +86,13 @@ class VideoData:
         loader = DataLoader(self.dataset(split), None, sampler=order, num_workers=workers)
         return (item for item in loader if item is not None)
 
-    def loader(self, split: str, rank: int = 0, world_size: int = 1, batch_size: int | None = None) -> ClipLoader:
-        """Batches of a split for process `rank` of `world_size`: for train shuffled anew every epoch, else in order."""
+    def loader(
+        self, split: str, rank: int = 0, world_size: int = 1, batch_size: int | None = None, in_order: bool = False
+    ) -> ClipLoader:
+        """Batches of a split for process `rank` of `world_size`: train is shuffled anew every epoch unless `in_order`."""
         dataset = self.tokens[split] if split in self.tokens else self.dataset(split)
         workers = 0 if self._keep or split in self.tokens else self.workers
-        order = EpochOrder(len(dataset), shuffle=split == "train", seed=self.seed, rank=rank, world_size=world_size)
+        order = EpochOrder(
+            len(dataset), shuffle=split == "train" and not in_order, seed=self.seed, rank=rank, world_size=world_size
+        )
         return ClipLoader(dataset, order, min(batch_size or self.batch_size, len(order)), workers)

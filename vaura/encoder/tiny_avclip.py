@@ -1,7 +1,7 @@
 """A small AV-CLIP: two towers that learn, from silent frames and from sound, the same vector for the same instant.
 
 The visual tower is the encoder of the house; the sound tower exists to teach it (`task/contrast.py`) and is then put away.
-What Synchformer's Segment AV-CLIP does with a video transformer (Iashin et al. 2024), cut down to what a CPU learns in a minute.
+What Synchformer's Segment AV-CLIP does with a video transformer (Iashin et al. 2024), cut down to a CPU and a minute.
 """
 
 from __future__ import annotations
@@ -50,6 +50,7 @@ class TinyAVCLIP(nn.Module):
         self.settings = {"dim": dim, "width": width, "fps": fps, "size": size, "upsample": upsample, "mean_frames": mean_frames}
         self.dim, self.fps, self.size, self.frame_rate = dim, fps, size, fps * upsample
         self.mean_frames = mean_frames
+        self.context = (mean_frames // 2 + 4) / fps  # the local mean, the frame before and two convolutions over time
         self.stem = nn.Conv2d(3, 3 * width, 5, stride=4, padding=2)
         self.spatial = nn.Sequential(
             nn.GroupNorm(4, width),

@@ -6,6 +6,7 @@ the device never waits for the host's random numbers.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -26,7 +27,7 @@ class Sampler:
     top_p: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.temperature < 0:
+        if not 0 <= self.temperature < math.inf:
             raise InputError(f"sampler.temperature must be 0 (greedy) or more; it is {self.temperature}")
         if self.top_k < 0:
             raise InputError(f"sampler.top_k must be 0 (off) or more; it is {self.top_k}")

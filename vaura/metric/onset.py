@@ -28,7 +28,7 @@ THRESHOLD = 0.15
 
 
 def mel_magnitude(wav: Tensor, sample_rate: int) -> tuple[Tensor, float]:
-    """wav (N,) -> mel magnitudes (M, BANDS), 1 for a full-scale sine, and their rate in hertz; frame m lies at (m + 1/2) / rate."""
+    """wav (N,) -> mel magnitudes (M, BANDS) and their rate in hertz; frame m lies at (m + 1/2) / rate."""
     if wav.ndim != 1 or not len(wav):
         raise ValueError(f"onsets are found in a waveform (N,) with N > 0; this one is {tuple(wav.shape)}")
     hop = max(1, round(HOP * sample_rate))
@@ -44,7 +44,7 @@ def _analysis(sample_rate: int, device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 def onset_strength(wav: Tensor, sample_rate: int) -> tuple[Tensor, float]:
-    """wav (N,) -> the mean rise over the bands (M,), in units of 20 dB, and its rate in hertz; frame m lies at (m + 1/2) / rate."""
+    """wav (N,) -> the mean rise over the bands (M,) in units of 20 dB, and its rate; frame m lies at (m + 1/2) / rate."""
     magnitude, rate = mel_magnitude(wav, sample_rate)
     level = torch.log10(magnitude + max(QUIET, DEPTH * float(magnitude.max())))
     loudest = F.max_pool1d(level[None], 3, stride=1, padding=1)[0]

@@ -22,7 +22,7 @@ from vaura.timing import count
 
 
 class StepSeeds(Callback):
-    """Every training step draws from a seed of its own, so that a run continued in the middle draws what it would have drawn."""
+    """Every training step draws from a seed of its own, so that a run continued in the middle draws as if uninterrupted."""
 
     def __init__(self, seed: int) -> None:
         self.seed = seed
@@ -39,8 +39,8 @@ class StepBar(Callback):
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         if trainer.is_global_zero:
-            self.bar = self.stack.enter_context(bar(self.title, int(trainer.estimated_stepping_batches)))
-            self.bar.update(trainer.global_step)
+            steps = int(trainer.estimated_stepping_batches)
+            self.bar = self.stack.enter_context(bar(self.title, steps, trainer.global_step))
 
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
         if trainer.is_global_zero:

@@ -1,0 +1,175 @@
+import pytest
+import torch
+from torch import Tensor
+
+from vaura.lm.generation import generate, generate_long, generate_slow
+from vaura.lm.llama import TokenLM
+from vaura.lm.sampling import Sampler, draw_uniform
+from vaura.protocols import ABSENT, Condition
+from vaura.timing import windows
+
+K, V, C, T = 3, 13, 8, 9
+SAMPLED, GREEDY = Sampler(1.0, top_k=8), Sampler(0.0)
+
+
+def make(pattern: str = "delay") -> TokenLM:
+    torch.manual_seed(0)
+    lm = TokenLM(K, V, num_layers=2, dim=16, num_heads=2, channels=C, pattern=pattern, ffn_multiple=8)
+    for parameter in lm.parameters():
+        torch.nn.init.normal_(parameter, mean=1.0 if parameter.ndim == 1 else 0.0, std=0.5)
+    return lm.eval()
+
+
+def condition_of(rows: int, frames: int = T) -> Condition:
+    return Condition(torch.randn(rows, frames, C, generator=torch.Generator().manual_seed(1)))
+
+
+def prompt_of(batch: int, frames: int) -> Tensor:
+    return torch.randint(0, V, (batch, K, frames), generator=torch.Generator().manual_seed(2))
+
+
+@pytest.mark.parametrize("pattern", ["delay", "parallel"])
+@pytest.mark.parametrize("guidance", [1.0, 3.0, 0.0])
+@pytest.mark.parametrize("prompted", [0, 1, 4, T - 1, T])
+@pytest.mark.parametrize("sampler", [SAMPLED, GREEDY], ids=["sampled", "greedy"])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_the_fast_loop_gives_the_tokens_of_the_slow_one(pattern, guidance, prompted, sampler, batch):
+    lm, condition = make(pattern), condition_of(batch if guidance == 1.0 else 2 * batch)
+    prompt = prompt_of(batch, prompted) if prompted else None
+    how = {"seeds": list(range(batch)), "sampler": sampler, "guidance": guidance, "prompt": prompt}
+    codes = generate(lm, condition, T, **how)
+    assert torch.equal(codes, generate_slow(lm, condition, T, **how))
+    assert codes.shape == (batch, K, T)
+    assert 0 <= codes.min() <= codes.max() < V
+    if prompt is not None:
+        assert torch.equal(codes[:, :, :prompted], prompt)
+
+
+@pytest.mark.parametrize("pattern", ["delay", "parallel"])
+@torch.no_grad()
+def test_greedy_codes_are_the_most_likely_ones_given_those_before(pattern):
+    lm, condition = make(pattern), condition_of(2)
+    codes = generate(lm, condition, T, seeds=[0, 0], sampler=GREEDY)
+    assert torch.equal(codes, lm(codes, condition).argmax(-1))
+
+
+@torch.no_grad()
+def test_guidance_goes_from_the_null_towards_and_past_the_condition():
+    lm, both = make(), condition_of(4)
+    given, null = Condition(both.channel[:2]), Condition(both.channel[2:])
+    codes = generate(lm, both, T, seeds=[0, 0], sampler=GREEDY, guidance=2.5)
+    logits = lm(codes, null) + 2.5 * (lm(codes, given) - lm(codes, null))
+    assert torch.equal(codes, logits.argmax(-1))
+    nulls = generate(lm, both, T, seeds=[0, 0], sampler=GREEDY, guidance=0.0)
+    assert torch.equal(nulls, generate(lm, null, T, seeds=[0, 0], sampler=GREEDY))
+
+
+@torch.no_grad()
+def test_codes_follow_the_draws_of_their_steps():
+    lm, condition = make(), condition_of(1)
+    draws = draw_uniform([7], lm.num_steps(T), K)
+    codes = generate(lm, condition, T, seeds=[7], sampler=SAMPLED)
+    assert torch.equal(generate(lm, condition, T, seeds=[0], sampler=SAMPLED, draws=draws), codes)
+    logits = lm(codes, condition)
+    for k in range(K):
+        assert torch.equal(codes[0, k], SAMPLED(logits[0, k], draws[0, k : k + T, k]))
+
+
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_a_seed_gives_its_codes_in_any_batch(guidance):
+    lm, frames = make(), 14
+    given, null = condition_of(1, frames).channel, 0 * condition_of(1, frames).channel
+    others = torch.randn(2, frames, C)
+
+    def codes(channel: Tensor, seeds: list[int]) -> Tensor:
+        rows = channel if guidance == 1.0 else torch.cat([channel, null.expand_as(channel)])
+        how = {"window": 8, "stride": 5, "sampler": SAMPLED, "guidance": guidance}
+        return generate_long(lm, Condition(rows), frames, seeds=seeds, **how)
+
+    alone = codes(given, [5])
+    crowd = codes(torch.cat([others[:1], given, given, others[1:]]), [1, 5, 6, 5])
+    assert torch.equal(crowd[1:2], alone)
+    assert not torch.equal(crowd[2:3], alone)
+    assert not torch.equal(crowd[3:], alone)
+
+
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+@pytest.mark.parametrize("prompted", [0, 4])
+@pytest.mark.parametrize("window", [T, T + 5])
+def test_a_window_that_holds_the_clip_is_plain_generation(guidance, prompted, window):
+    lm, condition = make(), condition_of(2 if guidance == 1.0 else 4)
+    prompt = prompt_of(2, prompted) if prompted else None
+    how = {"seeds": [3, 4], "sampler": SAMPLED, "guidance": guidance, "prompt": prompt}
+    codes = generate_long(lm, condition, T, window=window, stride=2, **how)
+    assert torch.equal(codes, generate(lm, condition, T, **how))
+
+
+@pytest.mark.parametrize("pattern", ["delay", "parallel"])
+@pytest.mark.parametrize(("window", "stride"), [(8, 4), (8, 8), (8, 1), (5, 3), (1, 1)])
+@pytest.mark.parametrize("prompted", [0, 3, 8, 13, 20])
+def test_long_codes_keep_the_prompt_and_have_no_gap(pattern, window, stride, prompted):
+    lm, frames = make(pattern), 20
+    prompt = prompt_of(2, prompted) if prompted else None
+    how = {"window": window, "stride": stride, "seeds": [0, 1], "sampler": SAMPLED, "prompt": prompt}
+    codes = generate_long(lm, condition_of(2, frames), frames, **how)
+    assert codes.shape == (2, K, frames)
+    assert 0 <= codes.min() <= codes.max() < V
+    if prompt is not None:
+        assert torch.equal(codes[:, :, :prompted], prompt)
+
+
+def test_a_later_window_goes_on_from_the_codes_before_it():
+    lm, frames = make(), 14
+    condition = condition_of(2, frames)
+    codes = generate_long(lm, condition, frames, window=8, stride=6, seeds=[0, 1], sampler=GREEDY)
+    for start, stop, known in [(0, 8, 0), (6, 14, 2)]:
+        prompt = codes[:, :, start : start + known] if known else None
+        piece = generate(lm, condition.window(start, stop), stop - start, seeds=[0, 0], sampler=GREEDY, prompt=prompt)
+        assert torch.equal(codes[:, :, start:stop], piece)
+
+
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+def test_every_window_sees_its_own_slice_of_the_condition(guidance):
+    """An LM without layers that says the label it sees: the channel is a label, one hot."""
+    frames, labels, end = 23, V - 1, V - 1
+    lm = TokenLM(K, V, num_layers=0, dim=2 * V, num_heads=1, channels=V)
+    for k in range(K):
+        torch.nn.init.zeros_(lm.embeddings[k].weight)
+        lm.heads[k].weight.data = torch.eye(V, 2 * V)
+    lm.after_end.data = torch.eye(V)[end]
+    seen = torch.randint(0, labels, (frames,), generator=torch.Generator().manual_seed(3))
+    channel = torch.eye(V)[seen].unsqueeze(0)
+    condition = Condition(channel if guidance == 1.0 else torch.cat([channel, torch.zeros_like(channel)]))
+    how = {"seeds": [0], "sampler": GREEDY, "guidance": guidance}
+    for window, stride in [(23, 5), (8, 4), (7, 7), (6, 1)]:
+        codes = generate_long(lm, condition, frames, window=window, stride=stride, **how)[0]
+        for span in windows(frames, window, stride):
+            for t in range(span.start + span.prompt, span.stop):
+                for k in range(K):
+                    assert codes[k, t] == (seen[t + k] if t + k < span.stop else end)
+
+
+def test_progress_ends_with_all_steps():
+    lm, calls = make(), []
+    how = {"seeds": [0], "sampler": GREEDY, "progress": lambda *call: calls.append(call)}
+    generate(lm, condition_of(1), T, prompt=prompt_of(1, 4), **how)
+    assert calls == [(s, T + K - 1) for s in range(5, T + K)]
+    calls.clear()
+    generate_long(lm, condition_of(1, 20), 20, window=8, stride=4, **how)
+    assert {total for _, total in calls} == {20 + K - 1}
+    assert calls[-1] == (20 + K - 1, 20 + K - 1)
+    assert max(done for done, _ in calls) == 20 + K - 1
+
+
+def test_a_prompt_longer_than_the_clip_is_refused():
+    with pytest.raises(ValueError, match="10 frames does not fit into 9"):
+        generate(make(), condition_of(1), T, seeds=[0], sampler=GREEDY, prompt=prompt_of(1, 10))
+
+
+def test_nothing_is_left_to_the_global_random_numbers():
+    lm, condition = make(), condition_of(1)
+    torch.manual_seed(0)
+    first = generate(lm, condition, T, seeds=[3], sampler=SAMPLED)
+    torch.manual_seed(1)
+    assert torch.equal(generate(lm, condition, T, seeds=[3], sampler=SAMPLED), first)
+    assert (first != ABSENT).all()

@@ -1,0 +1,82 @@
+from fractions import Fraction
+
+import pytest
+import torch
+from torch import Tensor
+
+from vaura.conditioner import HOLD, ChannelConditioner
+from vaura.timing import cover
+
+FAR = 10.0  # where the tanh GELU is the identity
+
+
+def ruler(feature_rate: float, frame_rate: float) -> ChannelConditioner:
+    """A conditioner whose channel repeats the one number that each feature holds, for numbers above `FAR`."""
+    conditioner = ChannelConditioner(1, 1, feature_rate, frame_rate)
+    for layer in (conditioner.fc1, conditioner.fc2):
+        torch.nn.init.ones_(layer.weight)
+    return conditioner
+
+
+def numbered(features: int) -> Tensor:
+    return FAR + torch.arange(features, dtype=torch.float32).view(1, -1, 1)
+
+
+@pytest.mark.parametrize("seconds", [2.56, 65.0, 3600.0])
+@pytest.mark.parametrize(
+    ("feature_rate", "frame_rate"),
+    [(25, 75), (50, 50), (50, Fraction(11025, 128)), (Fraction(60000, 1001), Fraction(11025, 128)), (12.5, Fraction(11025, 128))],
+)
+def test_every_token_frame_sees_the_feature_of_its_own_instant(seconds, feature_rate, frame_rate):
+    frames = cover(seconds, float(frame_rate))
+    features = numbered(cover(seconds, float(feature_rate)) + 1)
+    channel = ruler(float(feature_rate), float(frame_rate))(features, frames).channel
+    assert channel.shape == (1, frames, 1)
+    seen = (channel[0, :, 0] - FAR).round().long()
+    for t in [*range(0, frames, 997), frames - 1]:
+        middle = (t + Fraction(1, 2)) / Fraction(frame_rate)
+        begin = int(seen[t]) / Fraction(feature_rate)
+        assert begin <= middle < begin + 1 / Fraction(feature_rate)
+    # and nothing slips in between
+    middles = (torch.arange(frames, dtype=torch.float64) + 0.5) / float(frame_rate)
+    late = middles - (seen.double() + 0.5) / float(feature_rate)
+    assert late.abs().max() <= 0.5 / float(feature_rate) + 1e-9
+
+
+def test_a_late_window_of_the_condition_is_the_same_span():
+    condition = ruler(25, 75)(numbered(70 * 25), 70 * 75)
+    window = condition.window(65 * 75, 66 * 75)
+    assert torch.equal(window.channel[0, :, 0] - FAR, torch.arange(65 * 25, 66 * 25).repeat_interleave(3).float())
+
+
+def test_features_that_end_early_are_held_for_a_moment_only():
+    conditioner = ruler(50, 50)
+    spare = round(HOLD * 50)
+    channel = conditioner(numbered(100 - spare), 100).channel[0, :, 0] - FAR
+    assert torch.equal(channel, torch.arange(100.0).clamp(max=99 - spare))
+    with pytest.raises(ValueError, match=f"100 features.*are {99 - spare}"):
+        conditioner(numbered(99 - spare), 100)
+
+
+def test_the_projection_is_the_formula():
+    torch.manual_seed(0)
+    conditioner = ChannelConditioner(6, 4, 25, 25)
+    x = torch.randn(2, 5, 6)
+    wide = x @ conditioner.fc1.weight.T
+    gelu = 0.5 * wide * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (wide + 0.044715 * wide**3)))
+    torch.testing.assert_close(conditioner(x, 5).channel, gelu @ conditioner.fc2.weight.T)
+
+
+def test_dropped_rows_see_the_null_alone_and_only_they_do():
+    torch.manual_seed(0)
+    conditioner = ChannelConditioner(6, 4, 25, 75)
+    features = torch.randn(3, 8, 6, requires_grad=True)
+    drop = torch.tensor([False, True, False])
+    given, dropped = conditioner(features, 24).channel, conditioner(features, 24, drop).channel
+    assert torch.equal(dropped[~drop], given[~drop])
+    null = conditioner(conditioner.null.expand(1, 8, -1), 24).channel
+    assert torch.equal(dropped[drop], null)
+    dropped.sum().backward()
+    assert features.grad[1].abs().max() == 0
+    assert features.grad[[0, 2]].abs().amin((1, 2)).max() > 0
+    assert conditioner.null.grad.abs().max() > 0

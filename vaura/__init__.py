@@ -1,0 +1,24 @@
+"""Audio-visual token models: silent video in, sound in sync out.
+
+import vaura
+sound = vaura.load("logs/quickstart/2026-01-31T12-00-00").generate("clip.mp4", duration=5.12)
+sound.save("out")
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from vaura.generate import VideoToAudio
+
+__version__ = "0.1.0"
+
+
+def load(experiment_path: str | Path, checkpoint: str | Path | None = None, device: str = "auto") -> VideoToAudio:
+    """A trained experiment, ready to generate; see `vaura.generate.VideoToAudio`."""
+    from vaura.generate import VideoToAudio
+
+    return VideoToAudio(experiment_path, checkpoint, device)
