@@ -1,7 +1,14 @@
+from pathlib import Path
+
 import pytest
 
 from vaura.errors import InputError
 from vaura.files import make_folder, write_aside
+
+
+def break_off(aside: Path, failure: BaseException) -> None:
+    aside.write_text("half")
+    raise failure
 
 
 def test_a_file_appears_whole_and_alone(tmp_path):
@@ -21,8 +28,7 @@ def test_a_failure_leaves_nothing_and_keeps_the_old_file(tmp_path, failure):
     old.write_text("old")
     for path in (new, old):
         with pytest.raises(type(failure)), write_aside(path) as aside:
-            aside.write_text("half")
-            raise failure
+            break_off(aside, failure)
     assert list(tmp_path.iterdir()) == [old]
     assert old.read_text() == "old"
 

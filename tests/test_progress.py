@@ -1,5 +1,6 @@
 import io
 import sys
+from collections.abc import Iterator
 
 import pytest
 
@@ -52,9 +53,12 @@ def test_what_a_run_before_has_done_makes_the_rest_no_faster(capsys, clock):
 
 
 def test_work_that_stops_early_says_how_far_it_came(capsys):
-    with pytest.raises(KeyboardInterrupt), progress.bar("train", 10) as bar:
-        bar.advance(3)
+    def items() -> Iterator[int]:
+        yield from range(3)
         raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        list(progress.track(items(), "train", 10))
     assert "3/10" in capsys.readouterr().err
 
 

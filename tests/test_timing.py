@@ -2,6 +2,7 @@ import math
 import random
 from fractions import Fraction
 from functools import cache
+from itertools import pairwise
 
 import pytest
 import torch
@@ -84,7 +85,7 @@ def test_windows_generate_every_frame_once():
             assert span.start == number * stride
             assert span.stop == min(span.start + window, frames)
         # a prompt is exactly what the window before has made already
-        assert [span.prompt for span in spans] == [0, *(a.stop - b.start for a, b in zip(spans, spans[1:], strict=False))]
+        assert [span.prompt for span in spans] == [0, *(a.stop - b.start for a, b in pairwise(spans))]
 
 
 @pytest.mark.parametrize("stride", [0, -1, 7])

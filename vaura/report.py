@@ -10,6 +10,7 @@ import base64
 import colorsys
 import html
 import math
+import operator
 import re
 import struct
 import zlib
@@ -72,13 +73,18 @@ class Figure:
     wanted: str = ""
 
     @property
+    def bound(self) -> tuple[str, float] | None:
+        """The comparison and the number in `wanted`, if it is one."""
+        read = re.fullmatch(r"\s*(>=|<=|>|<)\s*([-+]?\d*\.?\d+(?:[eE][-+]?\d+)?)\s*", self.wanted)
+        return (read[1], float(read[2])) if read else None
+
+    @property
     def met(self) -> bool | None:
-        """Whether the value keeps its bound; None where there is none that reads as a comparison."""
-        bound = re.fullmatch(r"\s*(>=|<=|≥|≤|>|<)\s*([-+.\deE]+)\s*", self.wanted)
-        if bound is None:
+        """Whether the value keeps its bound; None where there is none."""
+        if self.bound is None:
             return None
-        sign, limit = bound[1].replace("≥", ">=").replace("≤", "<="), float(bound[2])
-        return {">=": self.value >= limit, "<=": self.value <= limit, ">": self.value > limit, "<": self.value < limit}[sign]
+        sign, limit = self.bound
+        return {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt}[sign](self.value, limit)
 
     def share(self, value: float) -> float | None:
         """How far `value` is on the way from chance to the ceiling, within [0, 1]; None where an end is missing."""
@@ -167,7 +173,7 @@ def _figures(figures: list[Figure]) -> str:
     heads = ("Figure", ""), ("Value", "right"), ("Chance", "right"), ("", ""), ("Ceiling", ""), ("Wanted", "")
     head = "".join(f'<th role="columnheader" scope="col" class="{kind}">{name}</th>' for name, kind in heads)
     rows = "".join(map(_figure_row, figures))
-    if any(figure.share(_bound(figure)) is not None for figure in figures):
+    if any(figure.bound and figure.share(figure.bound[1]) is not None for figure in figures):
         lead += " The upright stroke is the value that was wanted."
     return (
         f'<p class="lead">{lead}</p><div class="card"><table class="figures" role="table">'
@@ -178,7 +184,11 @@ def _figures(figures: list[Figure]) -> str:
 def _figure_row(figure: Figure) -> str:
     state = {True: "met", False: "missed", None: ""}[figure.met]
     sign = {"met": "✓ met", "missed": "✗ missed", "": ""}[state]
-    wanted = f'<span class="number">{html.escape(figure.wanted)}</span>' if figure.wanted else ""
+    wanted = (
+        f'<span class="number">{html.escape(figure.wanted.replace(">=", "≥").replace("<=", "≤"))}</span>'
+        if figure.wanted
+        else ""
+    )
     wanted += f' <span class="word">{sign}</span>' if sign else ""
     cells = (
         ("name", "", html.escape(figure.name)),
@@ -199,14 +209,10 @@ def _bar(figure: Figure, state: str) -> str:
     share = figure.share(figure.value)
     if share is None:
         return ""
-    bound = figure.share(_bound(figure))
-    mark = "" if bound is None else f'<b style="left:{bound:.2%}"></b>'
+    wanted = figure.bound and figure.share(figure.bound[1])
+    mark = "" if wanted is None else f'<b style="left:{wanted:.2%}"></b>'
     label = f"{share:.0%} of the way from chance to the ceiling"
     return f'<div class="bar {state}" role="img" aria-label="{label}"><i style="width:{share:.2%}"></i>{mark}</div>'
-
-
-def _bound(figure: Figure) -> float:
-    return math.nan if figure.met is None else float(figure.wanted.strip().lstrip("><=≥≤"))
 
 
 def _number(value: float | None) -> str:
@@ -215,9 +221,11 @@ def _number(value: float | None) -> str:
     if not math.isfinite(value):
         return "not a number" if math.isnan(value) else "infinite"
     size = abs(value)
-    if size >= 10 and size == round(size):
-        return f"{value:,.0f}"
-    return f"{value:.1e}" if 0 < size < 1e-3 else f"{value:.3f}" if size < 10 else f"{value:,.{0 if size >= 1000 else 1}f}"
+    if 0 < size < 1e-3:
+        return f"{value:.1e}"
+    if size < 10:
+        return f"{value:.3f}"
+    return f"{value:,.0f}" if size >= 1000 or size == round(size) else f"{value:.1f}"
 
 
 # Examples
@@ -231,9 +239,9 @@ def _examples(examples: list[Example]) -> str:
     keys = [(f'<i class="impact" style="--c:{colour}"></i>', f"{name} struck") for name, colour in colours.items()]
     if any(example.found for example in examples):
         near = f"onset within {NEAR * 1000:.0f} ms of an impact" if colours else "onset"
-        keys.append((_triangle("left:50%", True), near))
+        keys.append((_triangle(True), near))
     if any(example.found and example.impacts for example in examples):
-        keys.append((_triangle("left:50%", False), "onset where nothing struck"))
+        keys.append((_triangle(False), "onset where nothing struck"))
     legend = "".join(f'<span class="key"><span>{mark}</span>{html.escape(text)}</span>' for mark, text in keys)
     return (
         '<p class="lead">The same picture twice: with the sound that was generated for it, and with its own. Below each, its '
@@ -267,7 +275,7 @@ def _heard(example: Example) -> str:
         return f"{_plural(len(found), 'onset')} heard"
     hits = match(found, struck, NEAR)
     extra = len(found) - hits
-    return f"{hits} of {_plural(len(struck), 'impact')} heard" + (f", {extra} more where nothing struck" if extra else "")
+    return f"{hits} of {_plural(len(struck), 'impact')} heard" + (f", {_plural(extra, 'more onset')}" if extra else "")
 
 
 def _plural(number: int, noun: str) -> str:
@@ -309,18 +317,18 @@ def _lane(impacts: list[dict], found: list[float], duration: float, colours: dic
         f'--c:{colours[str(impact["material"])]}"></i>'
         for impact, time in zip(impacts, struck, strict=True)
     )
-    return ticks + "".join(
-        _triangle(f"left:{onset / duration:.3%}", not struck or min(abs(onset - time) for time in struck) <= NEAR, onset)
-        for onset in found
+    triangles = "".join(
+        _triangle(not struck or min(abs(onset - time) for time in struck) <= NEAR, onset, duration) for onset in found
     )
+    return ticks + triangles
 
 
-def _triangle(place: str, near: bool, onset: float | None = None) -> str:
+def _triangle(near: bool, onset: float | None = None, duration: float = 1.0) -> str:
+    """The mark of a found onset, hollow where no impact is near; without `onset` the one in the legend."""
+    kind = "found" if near else "found astray"
+    place = "" if onset is None else f' style="left:{onset / duration:.3%}"'
     title = "" if onset is None else f"<title>onset at {onset:.2f} s</title>"
-    return (
-        f'<svg class="found{"" if near else " astray"}" style="{place}" viewBox="0 0 10 10">{title}'
-        '<path d="M5 1 9.4 9H.6z"/></svg>'
-    )
+    return f'<svg class="{kind}"{place} viewBox="0 0 10 10">{title}<path d="M5 1 9.4 9H.6z"/></svg>'
 
 
 def _times(duration: float) -> str:
@@ -388,7 +396,8 @@ def _curves(curves: dict[str, Curve]) -> str:
             charts.setdefault(chart, {})[line] = finite
     if not charts:
         return '<p class="empty">No curves were logged.</p>'
-    order = sorted(charts, key=lambda chart: (not chart.startswith("loss"), chart))
+    numbered = {chart: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", chart)] for chart in charts}
+    order = sorted(charts, key=lambda chart: (not chart.startswith("loss"), numbered[chart]))
     lead = "By training step; a strong line over a faint one is its running mean."
     return (
         f'<p class="lead">{lead}</p><div class="charts">' + "".join(_chart(chart, charts[chart]) for chart in order) + "</div>"
@@ -400,8 +409,8 @@ def _placed(name: str) -> tuple[str, str]:
     if name.startswith("lr-"):
         optimizer, _, group = name.removeprefix("lr-").partition("/")
         return "learning rate", group or optimizer
-    line, _, chart = name.rpartition("/")
-    return chart.replace("_codebook_", ", codebook ").replace("_", " "), line or chart
+    line, _, chart = name.partition("/")
+    return (chart or line).replace("_codebook_", ", codebook ").replace("_", " "), line
 
 
 def _chart(title: str, lines: dict[str, Curve]) -> str:

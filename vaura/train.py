@@ -19,7 +19,7 @@ from vaura.config import check_components, instantiate, run_dir
 from vaura.data.module import VideoData
 from vaura.progress import track
 from vaura.seeds import seed_of
-from vaura.task.callbacks import GradientNorm, LastCheckpoint, Preview, StepBar, StepSeeds
+from vaura.task.callbacks import FiniteLoss, GradientNorm, LastCheckpoint, Preview, StepBar, StepSeeds
 from vaura.task.token_prediction import TokenPrediction
 
 logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
@@ -132,7 +132,7 @@ def fit(
         use_distributed_sampler=False,
         default_root_dir=folder,
         logger=TensorBoardLogger(folder, name="tensorboard", version=""),
-        callbacks=[StepSeeds(seed), StepBar(title), GradientNorm(), *(watchers or []), last],
+        callbacks=[StepSeeds(seed), StepBar(title), GradientNorm(), FiniteLoss(), *(watchers or []), last],
     )
     start = Path(resume) if resume else last.path if last.path.is_file() else None
     if start is not None:

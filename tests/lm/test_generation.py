@@ -8,7 +8,7 @@ from vaura.lm.sampling import Sampler, draw_uniform
 from vaura.protocols import ABSENT, Condition
 from vaura.timing import windows
 
-K, V, C, T = 3, 13, 8, 9
+K, V, C, T = 3, 13, 8, 7
 SAMPLED, GREEDY = Sampler(1.0, top_k=8), Sampler(0.0)
 
 
@@ -29,8 +29,8 @@ def prompt_of(batch: int, frames: int) -> Tensor:
 
 
 @pytest.mark.parametrize("pattern", ["delay", "parallel"])
-@pytest.mark.parametrize("guidance", [1.0, 3.0, 0.0])
-@pytest.mark.parametrize("prompted", [0, 1, 4, T - 1, T])
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+@pytest.mark.parametrize("prompted", [0, 4, T - 1, T])
 @pytest.mark.parametrize("sampler", [SAMPLED, GREEDY], ids=["sampled", "greedy"])
 @pytest.mark.parametrize("batch", [1, 3])
 def test_the_fast_loop_gives_the_tokens_of_the_slow_one(pattern, guidance, prompted, sampler, batch):
@@ -105,8 +105,8 @@ def test_a_window_that_holds_the_clip_is_plain_generation(guidance, prompted, wi
 
 
 @pytest.mark.parametrize("pattern", ["delay", "parallel"])
-@pytest.mark.parametrize(("window", "stride"), [(8, 4), (8, 8), (8, 1), (5, 3), (1, 1)])
-@pytest.mark.parametrize("prompted", [0, 3, 8, 13, 20])
+@pytest.mark.parametrize(("window", "stride"), [(8, 4), (8, 8), (5, 3), (1, 1)])
+@pytest.mark.parametrize("prompted", [0, 3, 13, 20])
 def test_long_codes_keep_the_prompt_and_have_no_gap(pattern, window, stride, prompted):
     lm, frames = make(pattern), 20
     prompt = prompt_of(2, prompted) if prompted else None
@@ -149,6 +149,16 @@ def test_every_window_sees_its_own_slice_of_the_condition(guidance):
                     assert codes[k, t] == (seen[t + k] if t + k < span.stop else end)
 
 
+@pytest.mark.parametrize(("window", "stride"), [(20, 20), (8, 4), (5, 5)])
+def test_a_step_has_its_draw_whatever_window_it_falls_into(window, stride):
+    """Before it has learnt, an LM holds every code for equally likely."""
+    lm, frames = TokenLM(K, V, num_layers=1, dim=16, num_heads=2, channels=C, ffn_multiple=8), 20
+    codes = generate_long(lm, condition_of(1, frames), frames, window=window, stride=stride, seeds=[3], sampler=Sampler())
+    draws = draw_uniform([3], frames + K - 1, K)[0]
+    for k in range(K):
+        assert torch.equal(codes[0, k], (draws[k : k + frames, k] * V).long())
+
+
 def test_progress_ends_with_all_steps():
     lm, calls = make(), []
     how = {"seeds": [0], "sampler": GREEDY, "progress": lambda *call: calls.append(call)}
@@ -162,8 +172,8 @@ def test_progress_ends_with_all_steps():
 
 
 def test_a_prompt_longer_than_the_clip_is_refused():
-    with pytest.raises(ValueError, match="10 frames does not fit into 9"):
-        generate(make(), condition_of(1), T, seeds=[0], sampler=GREEDY, prompt=prompt_of(1, 10))
+    with pytest.raises(ValueError, match="8 frames does not fit into 7"):
+        generate(make(), condition_of(1), T, seeds=[0], sampler=GREEDY, prompt=prompt_of(1, 8))
 
 
 def test_nothing_is_left_to_the_global_random_numbers():

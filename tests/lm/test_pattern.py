@@ -34,5 +34,5 @@ def test_undelay_carries_what_hangs_on_each_step():
 
 
 def test_an_unknown_pattern_is_told_with_the_nearest_one():
-    with pytest.raises(InputError, match="'delayed'.*Did you mean 'delay'"):
+    with pytest.raises(InputError, match=r"'delayed'.*Did you mean 'delay'"):
         delays_of("delayed", 4)

@@ -27,7 +27,7 @@ def by_hand(logits: list[float], temperature: float, top_k: int, top_p: float) -
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 1.7])
-@pytest.mark.parametrize(("top_k", "top_p"), [(0, 0.0), (3, 0.0), (1, 0.0), (20, 0.0), (500, 0.0), (0, 0.3), (0, 1.0), (3, 0.7)])
+@pytest.mark.parametrize(("top_k", "top_p"), [(0, 0.0), (1, 0.0), (3, 0.0), (20, 0.0), (99, 0.0), (0, 0.3), (0, 1.0), (3, 0.7)])
 def test_probabilities_follow_the_rule(temperature, top_k, top_p):
     logits = 2 * torch.randn(4, 20, generator=torch.Generator().manual_seed(0))
     got = Sampler(temperature, top_k, top_p).probabilities(logits)
@@ -92,9 +92,10 @@ def test_draws_are_uniform():
     assert distance < 1.63 / len(draws) ** 0.5  # Kolmogorov-Smirnov at 1 %
 
 
-@pytest.mark.parametrize(
-    ("key", "value"), [("temperature", -0.1), ("temperature", math.nan), ("temperature", math.inf), ("top_k", -1), ("top_p", -0.1), ("top_p", 1.5)]
-)
+BAD_TEMPERATURES = [("temperature", -0.1), ("temperature", math.nan), ("temperature", math.inf)]
+
+
+@pytest.mark.parametrize(("key", "value"), [*BAD_TEMPERATURES, ("top_k", -1), ("top_p", -0.1), ("top_p", 1.5)])
 def test_settings_that_make_no_rule_are_told(key, value):
     with pytest.raises(InputError, match=f"sampler.{key}.*{value}"):
         Sampler(**{key: value})

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -118,6 +119,16 @@ def steps_of(case: Case, sequence: Tensor) -> Tensor:
     return sequence.masked_fill(sequence == case.state["sampler.lm_heads.0.weight"].shape[0], ABSENT)
 
 
+def numbers_in(names: Iterable[str], form: str) -> list[int]:
+    """The numbers of the names that have this form."""
+    return [int(found[1]) for name in names if (found := re.fullmatch(form, name))]
+
+
+def number_in(names: Iterable[str], form: str) -> int:
+    (number,) = numbers_in(names, form)
+    return number
+
+
 def test_delay_pattern():
     case = read("delay_pattern")
     special = case.config["special_token"]
@@ -150,7 +161,8 @@ def test_sampling_filters():
     logits = case.input["logits"]
     seen = set()
     for name, want in case.output.items():
-        rule, number, temperature = re.fullmatch(r"(softmax|topk|topp)([\d.]*)_t([\d.]+?)(?:_probs|_sorted_probs)?", name).groups()
+        form = r"(softmax|topk|topp)([\d.]*)_t([\d.]+)(_sorted)?(_probs)?"
+        rule, number, temperature, *_ = re.fullmatch(form, name).groups()
         seen.add(rule)
         how = {"topk": {"top_k": int(float(number or 0))}, "topp": {"top_p": float(number or 0)}, "softmax": {}}[rule]
         got = Sampler(float(temperature), **how).probabilities(logits)
@@ -165,23 +177,22 @@ def test_sampler_forward():
     case = read("sampler_forward")
     lm, conditioner = models(case)
     close = {"atol": 2e-5, "rtol": 0.0}
-    longest = case.input["seq_230"]
-    condition = condition_of(conditioner, case.input["feats_32"])
-    whole = lm.step(steps_of(case, longest), condition)
-    torch.testing.assert_close(whole, case.output["logits_230"], **close)
-    for name, logits in case.output.items():
-        if found := re.fullmatch(r"logits_prefix(\d+)", name):
-            piece = steps_of(case, longest[:, :, : int(found[1])])
-            torch.testing.assert_close(lm.step(piece, condition), logits, **close)
-    short = condition_of(conditioner, case.input["feats_16"])
-    torch.testing.assert_close(lm.step(steps_of(case, case.input["seq_130"]), short), case.output["logits_short16"], **close)
-    auto = condition_of(conditioner, case.input["feats_8"], case.config["tokens_per_frame_auto"])
+    size = number_in(case.output, r"logits_(\d+)")
+    few = number_in(case.output, r"logits_short(\d+)")
+    fewest, most = sorted({number for number in numbers_in(case.input, r"feats_(\d+)") if number != few})
+    longest, short = (case.input[f"seq_{n}"] for n in sorted(numbers_in(case.input, r"seq_(\d+)"), key=lambda n: n != size))
+
+    condition = condition_of(conditioner, case.input[f"feats_{most}"])
+    torch.testing.assert_close(lm.step(steps_of(case, longest), condition), case.output[f"logits_{size}"], **close)
+    for length in numbers_in(case.output, r"logits_prefix(\d+)"):
+        piece = lm.step(steps_of(case, longest[:, :, :length]), condition)
+        torch.testing.assert_close(piece, case.output[f"logits_prefix{length}"], **close)
+    ends_early = condition_of(conditioner, case.input[f"feats_{few}"])
+    torch.testing.assert_close(lm.step(steps_of(case, short), ends_early), case.output[f"logits_short{few}"], **close)
+    auto = condition_of(conditioner, case.input[f"feats_{fewest}"], case.config["tokens_per_frame_auto"])
     torch.testing.assert_close(lm.step(steps_of(case, case.input["seq_auto"]), auto), case.output["logits_auto"], **close)
 
-    seen = torch.cat([condition.channel, lm.after_end.expand(len(longest), longest.shape[2], -1)], 1)[:, : longest.shape[2]]
-    torch.testing.assert_close(seen, case.output["video_embed_repeated_230"], **close)
-
-    both = with_nulls(case, conditioner, case.input["feats_32"])
+    both = with_nulls(case, conditioner, case.input[f"feats_{most}"])
     given, null = lm.step(steps_of(case, torch.cat([longest, longest])), both)[:, :, -1].chunk(2)
     torch.testing.assert_close(null + 6.0 * (given - null), case.output["logits_cfg6_last"], atol=6 * 2e-5, rtol=0.0)
 

@@ -105,7 +105,7 @@ def scan_folder(
     """Make clips of every video below `folder`; also the sentences that say which files were left out and why.
 
     Subfolders named train, val and test are splits. Otherwise a video's own name decides, by a hash, whether it belongs to the
-    `val_share` of clips that validate, so a video never changes sides when others come or go.
+    `val_share` of clips that validate, so a video keeps its side when others come or go, unless that would leave a side empty.
     """
     folder = Path(folder)
     clips, left_out = [], []

@@ -109,7 +109,7 @@ class TinyAVCLIP(nn.Module):
             with safe_open(path, framework="pt") as file:
                 settings = json.loads((file.metadata() or {}).get("settings", "{}"))
                 state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        except SafetensorError as error:
+        except (SafetensorError, json.JSONDecodeError) as error:
             raise InputError(f"encoder weights {path} are broken ({error}); train the encoder again") from error
         differing = [key for key, value in self.settings.items() if settings.get(key) != value]
         if differing:
@@ -118,12 +118,15 @@ class TinyAVCLIP(nn.Module):
                 f"encoder weights {path} belong to encoder.{key}={settings.get(key)}, not {self.settings[key]}; "
                 f"set encoder.{key}={settings.get(key)} or give other weights"
             )
+        odd = sorted(self.state_dict().keys() ^ state.keys())
+        if odd:
+            raise InputError(f"encoder weights {path} lack or add {odd[0]}; give a file written by a training run")
         self.load_state_dict(state)
         self.learnt = True
 
 
 class SoundTower(nn.Module):
-    """log-mel (B, n_mels, L) -> features (B, L / hop, E) of unit length; reads `context` seconds around each instant."""
+    """log-mel (B, n_mels, L) -> features (B, L / hop, E) of unit length."""
 
     def __init__(self, dim: int, n_mels: int, hop: int) -> None:
         super().__init__()

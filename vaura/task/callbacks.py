@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 from contextlib import ExitStack
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 import torch
 from lightning import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities.exceptions import SIGTERMException
+from lightning.pytorch.callbacks import Checkpoint
 from torch import Tensor
 
 from vaura.data.clips import Batch, ClipDataset, collate
@@ -55,58 +56,100 @@ class StepBar(Callback):
 
 
 class GradientNorm(Callback):
-    """Logs the norm of the gradient before it is clipped, and stops at a loss that is not a number."""
+    """Logs the norm of the gradient before it is clipped."""
 
     def on_before_optimizer_step(self, trainer: Trainer, module: LightningModule, optimizer: torch.optim.Optimizer) -> None:
         gradients = [p.grad for p in module.parameters() if p.grad is not None]
         module.log("train/gradient_norm", torch.nn.utils.get_total_norm(gradients))
 
+
+class FiniteLoss(Callback):
+    """Stops all processes at a loss that is not a number, before a checkpoint or early stopping sees it."""
+
     def on_train_batch_end(self, trainer: Trainer, module: LightningModule, outputs: Any, *_: Any) -> None:
         loss = outputs["loss"] if isinstance(outputs, dict) else outputs
-        if loss is not None and not torch.isfinite(loss):
+        self._check(trainer, "training", None if loss is None else float(loss))
+
+    def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
+        loss = trainer.callback_metrics.get("val/loss")
+        self._check(trainer, "validation", None if loss is None else float(loss))
+
+    def _check(self, trainer: Trainer, split: str, loss: float | None) -> None:
+        strange = loss is not None and not math.isfinite(loss)
+        if trainer.strategy.reduce_boolean_decision(strange, all=False):
+            value = loss if strange else "nan in another process"
             raise InputError(
-                f"the training loss became {float(loss)} at step {trainer.global_step}; lower task.optimizer.lr or "
-                "trainer.gradient_clip_val and continue from the last checkpoint"
+                f"the {split} loss became {value} at step {trainer.global_step}; lower the optimizer's lr or "
+                "trainer.gradient_clip_val and start again, or resume=CHECKPOINT from an earlier one"
             )
 
 
-class LastCheckpoint(Callback):
+class LastCheckpoint(Checkpoint):
     """Keeps `last.ckpt`: every `every` steps, at the end, and when Ctrl-C or the scheduler asks to stop.
 
-    Ctrl-C is obeyed at the end of the step, where the state is whole; a second one at once.
+    A checkpoint is written where the state is whole: behind an optimizer step, and anew behind a validation that follows it.
+    A request to stop is obeyed there, after that step's figures are logged; a second Ctrl-C at once.
     """
 
     def __init__(self, folder: Path, every: int) -> None:
         self.path, self.every = folder / "last.ckpt", every
-        self.stop_asked = False
+        self.asked = self.stopping = False
+        self.step = self.saved = -1
+        self.before: dict[int, Any] = {}
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
-        if trainer.is_global_zero:
-            self.before = signal.signal(signal.SIGINT, self._ask)
+        self.step = trainer.global_step
+        # every process: a terminal sends Ctrl-C to all of them, and none may leave the others waiting
+        self.before = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def _ask(self, *_: Any) -> None:
-        self.stop_asked = True
-        signal.signal(signal.SIGINT, self.before)
+        self.asked = True
+        signal.signal(signal.SIGINT, self.before[signal.SIGINT])
 
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
-        if trainer.strategy.reduce_boolean_decision(self.stop_asked, all=False):
-            trainer.save_checkpoint(self.path)
-            raise KeyboardInterrupt
-        if trainer.global_step % self.every == 0:
-            trainer.save_checkpoint(self.path)
+        if trainer.global_step == self.step:
+            return  # gradients are still being accumulated, and no checkpoint holds those
+        self.step = trainer.global_step
+        self.stopping = trainer.strategy.reduce_boolean_decision(self.asked, all=False)
+        if self.stopping or self.step % self.every == 0 or _is_final(trainer):
+            self._save(trainer)
 
-    def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
+    def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
+        if self.saved == trainer.global_step or trainer.should_stop:
+            self._save(trainer)
+        self._obey()
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        self._obey()
+
+    def on_train_epoch_end(self, *_: Any) -> None:
+        self._obey()
+
+    def on_train_end(self, *_: Any) -> None:
+        self._restore()
+        self._obey()
+
+    def on_exception(self, *_: Any) -> None:
+        self._restore()
+
+    def _save(self, trainer: Trainer) -> None:
         trainer.save_checkpoint(self.path)
-        self._restore(trainer)
+        self.saved = trainer.global_step
 
-    def on_exception(self, trainer: Trainer, module: LightningModule, exception: BaseException) -> None:
-        if isinstance(exception, SIGTERMException):
-            trainer.save_checkpoint(self.path)
-        self._restore(trainer)
+    def _obey(self) -> None:
+        if self.stopping:
+            raise KeyboardInterrupt
 
-    def _restore(self, trainer: Trainer) -> None:
-        if trainer.is_global_zero and hasattr(self, "before"):
-            signal.signal(signal.SIGINT, self.before)
+    def _restore(self) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+        self.before = {}
+
+
+def _is_final(trainer: Trainer) -> bool:
+    """Whether no training batch follows the present one."""
+    last_epoch = trainer.max_epochs is not None and trainer.current_epoch + 1 == trainer.max_epochs
+    return trainer.should_stop or trainer.global_step == trainer.max_steps or (trainer.is_last_batch and last_epoch)
 
 
 class Preview(Callback):

@@ -66,14 +66,17 @@ class Contrast(LightningModule):
         loss = (F.cross_entropy(alike, own) + F.cross_entropy(alike.T, own)) / 2
         return loss, (alike.argmax(1) == own).float().mean()
 
-    def training_step(self, batch: Batch, index: int) -> Tensor:
+    def training_step(self, batch: Batch | None, index: int) -> Tensor | None:
+        if batch is None:
+            return None
         loss, matched = self.loss(self._cut(batch))
         self.log_dict({"contrast/loss": loss, "contrast/matched": matched}, prog_bar=True)
         return loss
 
-    def validation_step(self, batch: Batch, index: int) -> None:
-        loss, matched = self.loss(batch)
-        self.log_dict({"contrast/val_loss": loss, "contrast/val_matched": matched}, batch_size=len(batch["id"]))
+    def validation_step(self, batch: Batch | None, index: int) -> None:
+        if batch is not None:
+            loss, matched = self.loss(batch)
+            self.log_dict({"contrast/val_loss": loss, "contrast/val_matched": matched}, batch_size=len(batch["id"]))
 
     def _cut(self, batch: Batch) -> Batch:
         """The same span of picture and sound, beginning on a video frame."""

@@ -1,0 +1,232 @@
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+from vaura.data.clips import ClipDataset, ClipLoader, EpochOrder, TokenDataset, collate
+from vaura.data.manifest import Clip
+from vaura.media.mux import write_video
+
+RATE, FPS, EVENT = 16000, 25, 1.4
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory) -> Clip:
+    """Three seconds in which picture and sound switch on together at `EVENT`."""
+    path = tmp_path_factory.mktemp("event") / "event.mp4"
+    frames = torch.full((3 * FPS, 3, 32, 32), 20, dtype=torch.uint8)
+    frames[round(EVENT * FPS) :] = 220
+    time = torch.arange(3 * RATE) / RATE
+    wav = 0.5 * torch.sin(2 * torch.pi * 1000 * time) * (time >= EVENT)
+    write_video(path, frames, FPS, wav.unsqueeze(0), RATE)
+    return Clip("event", path, 3.0)
+
+
+def reader(clips: list[Clip], duration: float = 2.0, **settings) -> ClipDataset:
+    settings = {"fps": FPS, "size": 16, "sample_rate": RATE, "channels": 1, **settings}
+    return ClipDataset(clips, duration, **settings)
+
+
+def onsets(item: dict) -> tuple[float, float]:
+    """Seconds into the item at which the picture and the sound switch on."""
+    bright = item["video"].float().mean((1, 2, 3)) > 120
+    loud = item["audio"].abs().amax(0) > 0.15
+    return float(bright.int().argmax()) / FPS, float(loud.int().argmax()) / RATE
+
+
+@pytest.mark.parametrize("start", [0.0, 0.4, 0.52, 0.713, 0.999])
+def test_picture_and_sound_are_cut_at_the_same_instant(clip, start):
+    item = reader([Clip("event", clip.video, 2.0, start)])[0, 0]
+    assert item["video"].shape == (2 * FPS, 3, 16, 16)
+    assert item["audio"].shape == (1, 2 * RATE)
+    seen, heard = onsets(item)
+    assert 0 <= seen - (EVENT - start) < 1 / FPS + 1e-6  # the first frame at or after it
+    assert heard == pytest.approx(EVENT - start, abs=0.003)
+
+
+def test_random_cuts_keep_picture_and_sound_together_too(clip):
+    dataset = reader([clip], random_start=True)
+    starts = set()
+    for epoch in range(6):
+        item = dataset[epoch, 0]
+        seen, heard = onsets(item)
+        assert -0.003 < seen - heard < 1 / FPS + 0.003
+        assert heard == pytest.approx(EVENT - item["start"], abs=0.003)
+        starts.add(item["start"])
+    assert len(starts) == 6
+
+
+def test_random_cuts_lie_inside_the_clip_and_cover_it():
+    clip = Clip("a", Path("a.mp4"), 5.0, start=7.0)
+    dataset = reader([clip], random_start=True)
+    starts = torch.tensor([dataset.start_of(epoch, 0) for epoch in range(500)])
+    assert starts.min() >= 7.0
+    assert starts.max() <= 10.0
+    spread = (starts.sort().values - 7.0) / 3.0 - torch.arange(500) / 500
+    assert spread.abs().max() < 1.63 / 500**0.5  # Kolmogorov-Smirnov at 1 %
+
+
+def test_a_random_cut_belongs_to_seed_epoch_and_clip():
+    a, b = Clip("a", Path("a.mp4"), 5.0), Clip("b", Path("b.mp4"), 5.0)
+    one, other = reader([a, b], random_start=True, seed=1), reader([b, a], random_start=True, seed=1)
+    assert [one.start_of(epoch, 0) for epoch in range(5)] == [other.start_of(epoch, 1) for epoch in range(5)]
+    assert len({one.start_of(epoch, index) for epoch in range(5) for index in range(2)}) == 10
+    assert reader([a], random_start=True, seed=2).start_of(0, 0) != one.start_of(0, 0)
+
+
+def test_clips_without_room_begin_where_they_begin():
+    clips = [Clip("a", Path("a.mp4"), 2.0, 3.0), Clip("b", Path("b.mp4"), 1.9, 4.0)]
+    dataset = reader(clips, random_start=True)
+    assert [dataset.start_of(epoch, index) for epoch in range(2) for index in range(2)] == [3.0, 4.0, 3.0, 4.0]
+
+
+def test_workers_change_nothing(clip):
+    clips = [Clip(name, clip.video, 3.0) for name in "abcd"]
+
+    def seen(workers: int) -> list[tuple]:
+        order = EpochOrder(4, shuffle=True, seed=5)
+        loader = ClipLoader(reader(clips, 0.4, random_start=True, seed=5), order, 2, workers)
+        batches = [batch for _ in range(2) for batch in loader]
+        return [(b["id"], b["start"], b["video"], b["audio"]) for b in batches]
+
+    alone, together = seen(0), seen(2)
+    assert len(alone) == len(together) == 4
+    for mine, theirs in zip(alone, together, strict=True):
+        assert mine[0] == theirs[0]
+        assert all(torch.equal(x, y) for x, y in zip(mine[1:], theirs[1:], strict=True))
+    assert len({float(start) for batch in alone for start in batch[1]}) == 8
+
+
+def test_an_unreadable_clip_is_left_out_with_a_warning_that_names_it(clip, tmp_path):
+    broken = tmp_path / "broken.mp4"
+    broken.write_bytes(clip.video.read_bytes()[:3000])
+    short = Clip("short", clip.video, 2.0, start=2.5)
+    dataset = reader([clip, Clip("broken", broken, 3.0), short])
+    with pytest.warns(UserWarning, match=str(broken)):
+        assert dataset[0, 1] is None
+    with pytest.warns(UserWarning, match=str(clip.video)):
+        assert dataset[0, 2] is None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        (batch,) = ClipLoader(dataset, EpochOrder(3, shuffle=False), 3, 0)
+        assert batch["id"] == ["event"]
+        (nothing,) = ClipLoader(reader([Clip("broken", broken, 3.0)]), EpochOrder(1, shuffle=False), 1, 0)
+        assert nothing is None
+
+
+def test_kept_clips_are_read_once(clip, tmp_path):
+    path = tmp_path / "copy.mp4"
+    path.write_bytes(clip.video.read_bytes())
+    dataset = reader([Clip("a", path, 2.0), Clip("b", path, 2.0, 1.0)])
+    before = [dataset[0, index] for index in range(2)]
+    dataset.keep_all(workers=0)
+    path.unlink()
+    for index in range(2):
+        kept = dataset[9, index]
+        assert kept["id"] == before[index]["id"]
+        assert torch.equal(kept["video"], before[index]["video"])
+        assert torch.equal(kept["audio"], before[index]["audio"])
+
+
+def test_collate_stacks_what_was_read():
+    items = [{"id": "a", "start": 1.5, "codes": torch.ones(2, 3)}, None, {"id": "b", "start": 0.0, "codes": torch.zeros(2, 3)}]
+    batch = collate(items)
+    assert batch["id"] == ["a", "b"]
+    assert batch["start"].tolist() == [1.5, 0.0]
+    assert torch.equal(batch["codes"], torch.stack([torch.ones(2, 3), torch.zeros(2, 3)]))
+    assert collate([None, None]) is None
+
+
+@pytest.mark.parametrize("length", [1, 7, 12])
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_ranks_share_an_epoch_without_overlap(length, world_size):
+    def taken(shuffle: bool, epoch: int) -> list[list[tuple[int, int]]]:
+        orders = [EpochOrder(length, shuffle=shuffle, seed=1, rank=r, world_size=world_size) for r in range(world_size)]
+        for order in orders:
+            order.epoch = epoch
+        shares = [list(order) for order in orders]
+        assert [len(share) for share in shares] == [len(order) for order in orders]
+        return shares
+
+    shares = taken(shuffle=False, epoch=0)
+    assert sorted(index for share in shares for _, index in share) == list(range(length))
+    shares = taken(shuffle=True, epoch=3)
+    assert {len(share) for share in shares} == {length // world_size}  # none waits for another
+    indices = [index for share in shares for epoch, index in share if epoch == 3]
+    assert len(set(indices)) == len(indices) == length // world_size * world_size
+
+
+def test_the_order_belongs_to_seed_and_epoch():
+    def order(seed: int, epoch: int) -> list[int]:
+        made = EpochOrder(50, shuffle=True, seed=seed)
+        made.epoch = epoch
+        return [index for _, index in made]
+
+    assert order(1, 0) == order(1, 0)
+    assert sorted(order(1, 0)) == list(range(50))
+    assert len({tuple(order(seed, epoch)) for seed in range(3) for epoch in range(3)}) == 9
+
+
+def token_loader(shuffle: bool = True, workers: int = 0, length: int = 11, rank: int = 0, world_size: int = 1) -> ClipLoader:
+    codes, features = torch.arange(length).view(-1, 1, 1), torch.zeros(length, 1, 1)
+    dataset = TokenDataset([str(n) for n in range(length)], torch.arange(length) / 2, codes, features)
+    order = EpochOrder(length, shuffle=shuffle, seed=2, rank=rank, world_size=world_size)
+    return ClipLoader(dataset, order, 2, workers)
+
+
+def ids(batches: list[dict]) -> list[list[str]]:
+    return [batch["id"] for batch in batches]
+
+
+def test_a_token_dataset_gives_what_it_was_given():
+    (first, *_) = token_loader(shuffle=False)
+    assert first["start"].tolist() == [0.0, 0.5]
+    assert first["codes"].flatten().tolist() == [0, 1]
+    assert first["features"].shape == (2, 1, 1)
+
+
+def test_every_shuffled_pass_is_another_epoch_and_every_plain_one_the_same():
+    shuffled, plain = token_loader(), token_loader(shuffle=False)
+    epochs = [ids(shuffled) for _ in range(3)]
+    assert all(len(epoch) == len(shuffled) == 5 for epoch in epochs)
+    assert len({str(epoch) for epoch in epochs}) == 3
+    passes = [ids(plain) for _ in range(2)]
+    assert passes[0] == passes[1]
+    assert [name for batch in passes[0] for name in batch] == [str(n) for n in range(11)]
+    assert len(plain) == 6
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_loader_goes_on_where_another_stopped(workers, world_size):
+    settings = {"rank": world_size - 1, "world_size": world_size}
+    whole = token_loader(**settings)
+    epochs = [ids(whole) for _ in range(3)]
+    per_epoch = len(epochs[0])
+    for stop_epoch, stop_batch in [(0, 1), (1, per_epoch - 1), (1, per_epoch)]:
+        first = token_loader(**settings)
+        seen = []
+        for epoch in range(stop_epoch + 1):
+            for number, batch in enumerate(first, 1):
+                seen.append(batch["id"])
+                if (epoch, number) == (stop_epoch, stop_batch):
+                    state = first.state_dict()
+                    break
+        second = token_loader(workers=workers, **settings)
+        second.load_state_dict(state)
+        rest = []
+        while len(seen) + len(rest) < 3 * per_epoch:
+            passed = ids(second)
+            assert passed  # an epoch that was over is not passed again, empty
+            rest += passed
+        assert seen + rest == [batch for epoch in epochs for batch in epoch]
+
+
+def test_a_pass_that_was_broken_off_is_not_taken_up_again():
+    """Without a state to go on from, the next pass is the next epoch, as when Lightning limits the batches of an epoch."""
+    loader = token_loader()
+    next(iter(loader))
+    whole = token_loader()
+    epochs = [ids(whole) for _ in range(2)]
+    assert ids(loader) == epochs[1]

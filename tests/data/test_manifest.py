@@ -1,0 +1,164 @@
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from vaura.data.manifest import Clip, find_videos, read_manifest, scan_folder, write_manifest
+from vaura.errors import InputError
+from vaura.media.mux import write_video
+
+RATE = 16000
+
+
+def video(path: Path, seconds: float = 1.0, sound: bool = True) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    frames = torch.randint(0, 255, (round(seconds * 10), 3, 32, 32), dtype=torch.uint8)
+    write_video(path, frames, 10, 0.1 * torch.randn(1, round(seconds * RATE)) if sound else None, RATE)
+    return path
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    return video(tmp_path_factory.mktemp("whole") / "whole.mp4")
+
+
+def test_a_manifest_gives_back_what_was_written(tmp_path):
+    clips = [
+        Clip(
+            "a",
+            tmp_path / "corpus" / "train" / "a b.mp4",
+            10.0,
+            0.1 + 0.2,
+            "train",
+            {"material": "wood", "impacts": [0.5, 1.5]},
+        ),
+        Clip("ünï/côde", Path("/elsewhere/x.mkv"), 2.56, split="test"),
+        Clip("3", tmp_path / "corpus" / "c.mp4", 1 / 3, split="val", facts={"note": 'a "quoted"\nline'}),
+    ]
+    write_manifest(tmp_path / "corpus" / "clips.jsonl", clips)
+    assert read_manifest(tmp_path / "corpus" / "clips.jsonl") == clips
+    shutil.move(tmp_path / "corpus", tmp_path / "moved")
+    assert read_manifest(tmp_path / "moved" / "clips.jsonl")[0].video == tmp_path / "moved" / "train" / "a b.mp4"
+
+
+def test_what_a_line_leaves_out_has_defaults_and_empty_lines_are_nothing(tmp_path):
+    path = tmp_path / "clips.jsonl"
+    path.write_text('\n{"id": 7, "video": "v.mp4", "duration": 3}\n   \n')
+    assert read_manifest(path) == [Clip("7", tmp_path / "v.mp4", 3.0, 0.0, "train", {})]
+
+
+@pytest.mark.parametrize(
+    ("line", "about"),
+    [
+        ('{"id": "b", "video": "b.mp4"}', "duration"),
+        ('{"id": "b", "duration": 1}', "video"),
+        ('{"video": "b.mp4", "duration": 1}', "id"),
+        ('{"id": "b", "video": "b.mp4", "duration": "long"}', "long"),
+        ('{"id": "b", "video": null, "duration": 1}', "line 3"),
+        ('{"id": "b", "video": "b.mp4", "duration": 1, "split": "dev"}', "'dev'.*train, val, test"),
+        ('{"id": "b", ', "line 3"),
+        ("[1, 2]", "line 3"),
+        ("7", "line 3"),
+    ],
+)
+def test_a_line_that_does_not_fit_is_told_with_its_number(tmp_path, line, about):
+    path = tmp_path / "clips.jsonl"
+    path.write_text('{"id": "a", "video": "a.mp4", "duration": 1}\n\n' + line + "\n")
+    with pytest.raises(InputError, match=f"{path}, line 3") as told:
+        read_manifest(path)
+    with pytest.raises(InputError, match=about):
+        raise told.value
+
+
+def test_a_manifest_that_is_not_there_is_told(tmp_path):
+    with pytest.raises(InputError, match=r"none\.jsonl"):
+        read_manifest(tmp_path / "none.jsonl")
+
+
+def test_a_failed_write_keeps_the_old_manifest(tmp_path):
+    path = tmp_path / "clips.jsonl"
+    write_manifest(path, [Clip("a", tmp_path / "a.mp4", 1.0)])
+    with pytest.raises(TypeError):
+        write_manifest(path, [Clip("b", tmp_path / "b.mp4", 1.0), Clip("c", tmp_path / "c.mp4", 1.0, facts={"x": object()})])
+    assert [clip.id for clip in read_manifest(path)] == ["a"]
+    assert [json.loads(line)["video"] for line in path.read_text().splitlines()] == ["a.mp4"]
+
+
+def test_videos_are_found_by_their_suffix_in_every_folder(tmp_path):
+    for name in ("b.MP4", "deep/er/a.webm", "notes.txt", "c.wav"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "folder.mp4").mkdir()
+    assert find_videos(tmp_path) == [tmp_path / "b.MP4", tmp_path / "deep/er/a.webm"]
+    with pytest.raises(InputError, match=r"folder\.mp4"):
+        find_videos(tmp_path / "folder.mp4")
+    with pytest.raises(InputError, match="does not exist"):
+        find_videos(tmp_path / "nowhere")
+
+
+def test_what_cannot_be_used_is_left_out_with_one_sentence_each(tmp_path, whole):
+    good = [shutil.copy(whole, tmp_path / f"good {n}.mp4") for n in range(3)]
+    corrupt = tmp_path / "corrupt.mp4"
+    corrupt.write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
+    text = tmp_path / "text.mp4"
+    text.write_text("this is no video\n" * 50)
+    empty = tmp_path / "empty.mp4"
+    empty.touch()
+    silent = video(tmp_path / "silent.mp4", sound=False)
+    brief = video(tmp_path / "brief.mp4", seconds=0.4)
+    clips, left_out = scan_folder(tmp_path, shortest=0.8, val_share=0.0)
+    assert [clip.video for clip in clips] == good
+    assert all(clip.duration == pytest.approx(1.0, abs=0.06) and clip.start == 0.0 for clip in clips)
+    bad = [brief, corrupt, empty, silent, text]
+    assert len(left_out) == len(bad)
+    for path, sentence in zip(bad, left_out, strict=True):
+        assert str(path) in sentence
+        assert "\n" not in sentence
+    reasons = dict(zip(bad, left_out, strict=True))
+    assert "no sound" in reasons[silent]
+    assert "0.40 s, shorter than the 0.8 s" in reasons[brief]
+    usable, _ = scan_folder(tmp_path, shortest=0.8, val_share=0.0, needs_sound=False)
+    assert {clip.video for clip in usable} == {*good, silent}
+
+
+def test_a_video_keeps_its_side_when_others_come_and_go(tmp_path, whole):
+    def splits(names: list[str]) -> dict[str, str]:
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        for name in names:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).symlink_to(whole)
+        return {clip.id: clip.split for clip in scan_folder(folder, 0.5, val_share=0.4)[0]}
+
+    names = [f"{n % 3}/clip {n}.mp4" for n in range(16)]
+    everything = splits(names)
+    assert set(everything) == {name.removesuffix(".mp4") for name in names}
+    assert set(everything.values()) == {"train", "val"}
+    some = splits(names[::2])
+    assert some == {key: everything[key] for key in some}
+    assert splits(names) == everything
+
+
+def test_folders_named_after_splits_are_the_splits(tmp_path, whole):
+    for name in ("train/a.mp4", "val/deep/b.mp4", "test/c.mp4", "train/d.mp4"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).symlink_to(whole)
+    clips, _ = scan_folder(tmp_path, 0.5, val_share=0.9)
+    assert {clip.id: clip.split for clip in clips} == {
+        "train/a": "train",
+        "val/deep/b": "val",
+        "test/c": "test",
+        "train/d": "train",
+    }
+
+
+@pytest.mark.parametrize("val_share", [0.001, 0.999])
+def test_either_side_has_a_clip(tmp_path, whole, val_share):
+    for n in range(2):
+        (tmp_path / f"{n}.mp4").symlink_to(whole)
+    assert {clip.split for clip in scan_folder(tmp_path, 0.5, val_share)[0]} == {"train", "val"}
+    (tmp_path / "1.mp4").unlink()
+    with pytest.raises(InputError, match=r"0\.mp4.*only usable"):
+        scan_folder(tmp_path, 0.5, val_share)
+    assert [clip.split for clip in scan_folder(tmp_path, 0.5, 0.0)[0]] == ["train"]
