@@ -42,12 +42,16 @@ def parse(file: Path) -> ast.Module:
 
 
 def imports(name: str, tree: Tree) -> Iterator[tuple[str, bool]]:
-    """(imported module of the package, whether inside a function) for every import statement of module `name`."""
+    """(imported module of the package, whether importing `name` leaves it alone) for every import statement of module `name`.
+
+    Left alone are imports inside functions and those for type checkers.
+    """
     inside = set()
     syntax = parse(tree[name])
-    for function in ast.walk(syntax):
-        if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef):
-            inside |= set(ast.walk(function))
+    for node in ast.walk(syntax):
+        for_types = isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        if for_types or isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            inside |= set(ast.walk(node))
     for node in ast.walk(syntax):
         if isinstance(node, ast.Import):
             found = [alias.name for alias in node.names]

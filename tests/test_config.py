@@ -28,6 +28,7 @@ data:
   root: here
   betas: [0.9, 0.95]
 encoder: null
+logging: null
 conditioner: null
 task: null
 trainer:
@@ -182,11 +183,12 @@ def test_lightning_starts_the_same_command_for_a_second_device(configs, seen, mo
     assert {seen[0].folder} == {folder.absolute() for folder in folders}
 
 
-def test_the_second_rank_of_torchrun_leaves_no_folder(configs, seen, monkeypatch):
-    monkeypatch.setenv("RANK", "1")
-    assert run(["config=train"], configs) == 0
-    assert len(seen) == 1
-    assert not Path("logs").exists()
+def test_the_ranks_of_torchrun_share_one_folder(configs, seen, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "7")
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        assert run(["config=train"], configs) == 0
+    assert [run.folder for run in seen] == [Path("logs/hello/run-7").absolute()] * 2
 
 
 # --- the same command resumes ---

@@ -19,6 +19,6 @@ __version__ = "0.1.0"
 
 def load(experiment_path: str | Path, checkpoint: str | Path | None = None, device: str = "auto") -> VideoToAudio:
     """A trained experiment, ready to generate; see `vaura.generate.VideoToAudio`."""
-    from vaura.generate import VideoToAudio
+    from vaura.generate import VideoToAudio  # brings torch, which asking for the version does not need
 
     return VideoToAudio(experiment_path, checkpoint, device)

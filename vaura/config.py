@@ -167,8 +167,8 @@ def run(argv: Sequence[str], configs: Path = CONFIGS) -> int:
         _launch(translate(argv, configs))
     except InputError as error:
         return _refuse(error)
-    except KeyboardInterrupt:
-        return _interrupted()
+    except KeyboardInterrupt as stop:
+        return _interrupted(str(stop))
     except SystemExit as stop:
         if isinstance(stop.__context__, KeyboardInterrupt):  # Lightning's answer to Ctrl-C
             return _interrupted()
@@ -181,9 +181,10 @@ def _refuse(error: InputError) -> int:
     return 2
 
 
-def _interrupted() -> int:
+def _interrupted(hint: str = "") -> int:
     folder = next(reversed(_chosen.values()), None)
-    print("interrupted" + (f"; the same command resumes in {folder}" if folder else ""), file=sys.stderr)
+    hint = f"the same command resumes in {folder}" if folder else hint
+    print("interrupted" + (f"; {hint}" if hint else ""), file=sys.stderr)
     return 130
 
 
@@ -347,11 +348,26 @@ def _forget_run() -> None:
 _chosen: dict[str, str] = {}
 
 
+def resumed_or(otherwise: str, *, _root_: DictConfig) -> str:
+    """`${resumed_or:OTHERWISE}`: the experiment that the checkpoint `resume` lies in, else the folder `otherwise`."""
+    return _resumed(_root_) or otherwise
+
+
+def _resumed(root: DictConfig) -> str:
+    """EXPERIMENT of `resume=EXPERIMENT/checkpoints/FILE` or `EXPERIMENT/FILE`, or ""."""
+    checkpoint = OmegaConf.select(root, "resume", default=None)
+    folders = (Path(checkpoint).parent, Path(checkpoint).parent.parent) if checkpoint else ()
+    return next((str(folder) for folder in folders if (folder / "config.yaml").is_file()), "")
+
+
 def resume_or_new(parent: str, *, _root_: DictConfig) -> str:
     """`${resume_or_new:PARENT}`: the newest unfinished folder below `parent` made by this same command, or a new one.
 
-    The same command: equal config name, overrides and composed config. A folder holding a file `finished` is left alone.
+    The same command: equal config name, overrides and composed config. A folder holding a file `finished` is left alone, and
+    the experiment of the checkpoint `resume`, where one is given, comes first.
     """
+    if resumed := _resumed(_root_):
+        return resumed
     if parent not in _chosen:
         same = [folder for folder in sorted(Path(parent).glob("*")) if _is_same_run(folder / ".hydra", _root_)]
         unfinished = [folder for folder in same if not (folder / "finished").exists()]
@@ -400,6 +416,7 @@ def _launcher() -> str:
 
 _NOW = datetime.now()
 OmegaConf.register_new_resolver("start_time", start_time, replace=True)
+OmegaConf.register_new_resolver("resumed_or", resumed_or, replace=True)
 OmegaConf.register_new_resolver("resume_or_new", resume_or_new, replace=True)
 
 
@@ -477,6 +494,8 @@ def check_run(cfg: DictConfig, command: Command) -> None:
             raise InputError(_omegaconf_sentence(error, key, every)) from error
     if missing:
         raise InputError(_missing(missing, schema, command))
+    if cfg.get("resume") and not Path(cfg.resume).is_file():
+        raise InputError(f"resume: there is no checkpoint {cfg.resume}; give EXPERIMENT/checkpoints/last.ckpt")
 
 
 def known_keys(cfg: DictConfig | ListConfig) -> list[str]:

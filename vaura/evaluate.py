@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from omegaconf import DictConfig
 from torch import Tensor
 
@@ -22,6 +23,8 @@ from vaura.metric.spectral import log_spectral_distance
 from vaura.progress import track
 
 SAMPLE_RATE = 16_000  # hertz, at which everything is listened to
+SILENCE = 1e-3  # of full scale: sound whose peak lies below is none
+NUMBER = re.compile(r"_\d+$")  # of a sample, where a video has several
 
 
 def impact_times(clip: Clip) -> list[float] | None:
@@ -61,6 +64,7 @@ class Judge:
         return cls(threshold, tolerance, MaterialEar.fit(sounds, SAMPLE_RATE, times, materials, threshold))
 
     def onsets(self, wav: Tensor) -> list[float]:
+        """The seconds of the onsets of wav (N,)."""
         return onsets(wav, SAMPLE_RATE, self.threshold).tolist()
 
     def synchrony(self, wavs: Sequence[Tensor], truths: Sequence[Sequence[float]]) -> dict[str, float]:
@@ -72,11 +76,9 @@ class Judge:
         return None if self.ear is None else self.ear.hear_clip(wav, SAMPLE_RATE)
 
     def material_accuracy(self, wavs: Sequence[Tensor], clips: Sequence[Clip]) -> float:
-        """Share of the one-material clips whose material is heard in wavs (N,)."""
-        heard = [
-            self.material(wav) == only_material(clip) for wav, clip in zip(wavs, clips, strict=True) if only_material(clip)
-        ]
-        return sum(heard) / max(len(heard), 1)
+        """Share of the one-material clips whose material is heard in wavs (N,); of none, 0."""
+        pairs = [(wav, material) for wav, clip in zip(wavs, clips, strict=True) if (material := only_material(clip))]
+        return sum(self.material(wav) == material for wav, material in pairs) / max(len(pairs), 1)
 
 
 def shifted(items: Sequence[Any]) -> list[Any]:
@@ -85,36 +87,30 @@ def shifted(items: Sequence[Any]) -> list[Any]:
 
 
 def evaluate(config: DictConfig) -> Path:
-    """Compare the samples in a folder with the original sound of the same names; writes metrics.json."""
-    samples = {path.stem: path for path in find_videos(config.samples)}
-    originals = open_originals(config.originals)
-    pairs = [(samples[Path(clip.id).name], clip) for clip in originals if Path(clip.id).name in samples]
+    """Compare the samples in a folder with the original sound of the same names; writes metrics.json.
+
+    A sample belongs to the clip whose id it is called by, a number at the end (`_1`, `_2`, ...) apart. Where the manifest
+    knows no impacts, the onsets of the original sound are the truth.
+    """
+    originals, left_out = open_originals(config.originals)
+    pairs = find_pairs(Path(config.samples), originals)
     if not pairs:
-        raise InputError(f"no sample in {config.samples} has the name of a clip of {config.originals}; nothing can be compared")
-    judge = Judge(config.threshold, config.tolerance)
-    heard, true, failed = [], [], list[str]()
-    for path, clip in track(pairs, "listen to the samples", len(pairs)):
+        reasons = f" ({'; '.join(left_out)})" if left_out else ""
+        raise InputError(
+            f"no sample in {config.samples} has the name of a clip of {config.originals}{reasons}; name them alike"
+        )
+    heard: list[Heard] = []
+    for sample, clip in track(pairs, "listen to the samples", len(pairs)):
         try:
-            wav = listen(path)
-            heard.append((wav, clip))
-            true.append(read_audio(clip.video, clip.start, len(wav) / SAMPLE_RATE, SAMPLE_RATE)[0])
+            heard.append(hear(sample, clip))
         except InputError as error:
-            failed.append(str(error))
-            del heard[len(true) :]
-    wavs = [wav for wav, _ in heard]
-    known = [impact_times(clip) for _, clip in heard]
-    truths = [judge.onsets(wav) if times is None else times for times, wav in zip(known, true, strict=True)]
-    distances = [log_spectral_distance(*pair) for pair in zip(wavs, true, strict=True)]
-    metrics = {
-        "clips": len(wavs),
-        "onset_truth": "onsets of the original sound" if None in known else "impacts",
-        "onset_f1": judge.synchrony(wavs, truths)["f1"],
-        "onset_f1_chance": judge.synchrony(wavs, shifted(truths))["f1"],
-        "log_spectral_distance_db": float(torch.stack(distances).mean()),
-        "silent": sum(float(wav.abs().max()) < 1e-3 for wav in wavs),
-        "threshold": judge.threshold,
-        "tolerance_seconds": judge.tolerance,
-        "left_out": failed,
+            left_out.append(str(error))
+    if not heard:
+        raise InputError(f"no sample in {config.samples} can be compared: {'; '.join(left_out)}")
+    compared = {clip.id for _, clip in pairs}
+    metrics = compare(heard, Judge(config.threshold, config.tolerance)) | {
+        "without_sample": [clip.id for clip in originals if clip.id not in compared],
+        "left_out": left_out,
     }
     out = Path(config.out or Path(config.samples) / "metrics.json")
     write_json(out, metrics)
@@ -123,11 +119,69 @@ def evaluate(config: DictConfig) -> Path:
     return out
 
 
-def open_originals(originals: str) -> list[Clip]:
-    """The clips of a manifest, or whole files of a folder."""
-    return read_manifest(originals) if originals.endswith(".jsonl") else scan_folder(originals, shortest=0.0, val_share=0.0)[0]
+@dataclass(frozen=True)
+class Heard:
+    """A sample (N,) and the original sound (N,) of the same span, with the seconds of its impacts where they are known."""
+
+    wav: Tensor
+    truth: Tensor
+    impacts: list[float] | None
+
+
+def hear(sample: Path, clip: Clip) -> Heard:
+    """Listen to a sample and to as much of its original. Raises InputError where either cannot be read."""
+    wav = listen(sample)
+    lasts = len(wav) / SAMPLE_RATE
+    truth = listen(clip.video, replace(clip, duration=lasts))
+    impacts = impact_times(clip)
+    return Heard(wav, truth, None if impacts is None else [time for time in impacts if time < lasts])
+
+
+def compare(heard: Sequence[Heard], judge: Judge) -> dict[str, Any]:
+    """Onset synchrony, beside what another clip's truth would score, and spectral distance."""
+    wavs = [pair.wav for pair in heard]
+    truths = [judge.onsets(pair.truth) if pair.impacts is None else pair.impacts for pair in heard]
+    onset = judge.synchrony(wavs, truths)
+    distances = [float(log_spectral_distance(pair.wav, pair.truth)) for pair in heard]
+    known = sum(pair.impacts is not None for pair in heard)
+    return {
+        "clips": len(heard),
+        "clips_of_known_impacts": known,
+        "onset_f1": onset["f1"],
+        "onset_precision": onset["precision"],
+        "onset_recall": onset["recall"],
+        "onset_f1_chance": judge.synchrony(wavs, shifted(truths))["f1"] if len(heard) > 1 else None,
+        "log_spectral_distance_db": sum(distances) / len(distances),
+        "silent": sum(float(wav.abs().max()) < SILENCE for wav in wavs),
+        "onset_threshold": judge.threshold,
+        "onset_tolerance_seconds": judge.tolerance,
+    }
+
+
+def find_pairs(samples: Path, originals: Sequence[Clip]) -> list[tuple[Path, Clip]]:
+    """Every sample below a folder that is called like an original, by its path there or by its name alone, with it."""
+    by_id = {clip.id: clip for clip in originals}
+    names = Counter(Path(clip.id).name for clip in originals)
+    by_name = {Path(clip.id).name: clip for clip in originals if names[Path(clip.id).name] == 1}
+    pairs = []
+    for sample in find_videos(samples):
+        path = sample.relative_to(samples).with_suffix("").as_posix()
+        for called in (path, NUMBER.sub("", path)):
+            clip = by_id.get(called) or by_name.get(Path(called).name)
+            if clip is not None:
+                pairs.append((sample, clip))
+                break
+    return pairs
+
+
+def open_originals(originals: str) -> tuple[list[Clip], list[str]]:
+    """The clips of a manifest, or the whole files of a folder and a sentence for each that has no sound to compare with."""
+    if originals.endswith(".jsonl"):
+        return read_manifest(originals), []
+    return scan_folder(originals, shortest=0.0, val_share=0.0)
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write `content`, indented."""
     with write_aside(path) as aside:
         aside.write_text(json.dumps(content, indent=2) + "\n")

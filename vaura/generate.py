@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime
+from itertools import groupby
+from operator import attrgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from omegaconf import DictConfig
@@ -20,23 +26,54 @@ from vaura.lm.generation import Progress
 from vaura.lm.sampling import Sampler
 from vaura.media.audio import read_audio, write_wav
 from vaura.media.mux import replace_sound
-from vaura.media.video import probe, read_video
-from vaura.progress import bar
+from vaura.media.video import HOLD, check_span, probe, read_video
+from vaura.progress import Bar, bar, track
 from vaura.seeds import seed_of
-from vaura.timing import count
+from vaura.timing import count, cover, exact
 
-PIECE = 256  # video frames encoded at once, so that an hour needs no more memory than ten seconds
+PIECE = 256
+"""Video frames encoded at once, so that an hour needs no more memory than ten seconds."""
+
+SHORTEST = 0.01
+"""Seconds below which there is nothing to hear."""
+
+Wanted = tuple[Clip, int]
+"""A clip and the number of one of its samples, from 0."""
 
 
 @dataclass(frozen=True)
 class How:
-    """How sound is drawn. `window` and `stride` are the seconds generated at once, and between two windows."""
+    """How sound is drawn. Raises InputError on numbers that say nothing.
+
+    Args:
+        sampler: rule from logits to a token.
+        guidance: scale of the picture's influence; 1 is off.
+        window, stride: seconds generated at once, and between the beginnings of two windows (None: half a window).
+        seed: of every draw, together with the video's name, the second it begins at and the number of the sample.
+    """
 
     sampler: Sampler
     guidance: float
     window: float
-    stride: float
+    stride: float | None = None
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.guidance) and self.guidance >= 0):
+            raise InputError(f"guidance={self.guidance:g} is no scale; give 1 to switch it off, or a number above")
+        if not (math.isfinite(self.window) and self.window > 0):
+            raise InputError(f"window={self.window:g} is no length; give seconds above 0")
+        if not 0 < self.step <= self.window:
+            raise InputError(f"stride={self.step:g} must lie above 0 s and within the window of {self.window:g} s")
+
+    @property
+    def step(self) -> float:
+        """Seconds between the beginnings of two windows."""
+        return self.window / 2 if self.stride is None else self.stride
+
+    def seed_for(self, clip: Clip, number: int) -> int:
+        """The same for a video alone and among others, by path, folder or manifest."""
+        return seed_of(self.seed, clip.video.stem, float(clip.start), number)
 
 
 @dataclass(frozen=True)
@@ -48,14 +85,15 @@ class Sound:
     clip: Clip
 
     def save(self, folder: str | Path, name: str | None = None) -> Path:
-        """Write NAME.wav, and NAME.mp4 in which the video's own picture plays with this sound; returns the mp4."""
-        stem = Path(folder) / (name or self.clip.id)
-        make_folder(stem.parent)
-        target = stem.with_name(f"{stem.name}.mp4")
-        if target.resolve() == self.clip.video.resolve():
-            raise InputError(f"{target} would be written over the video it was made from; choose another folder than {folder}")
-        write_wav(stem.with_name(f"{stem.name}.wav"), self.wav, self.sample_rate)
+        """Write NAME.mp4, in which the video's own picture plays with this sound, and NAME.wav; returns the mp4.
+
+        NAME is the clip's id unless given. Raises InputError where the video itself would be written over.
+        """
+        stem = name or self.clip.id
+        target = Path(folder) / f"{stem}.mp4"
+        check_targets([target], [self.clip])
         replace_sound(self.clip.video, target, self.wav, self.sample_rate, self.clip.start, self.clip.duration)
+        write_wav(target.with_name(f"{target.stem}.wav"), self.wav, self.sample_rate)
         return target
 
 
@@ -74,12 +112,36 @@ class VideoToAudio:
         experiment_path: str | Path,
         checkpoint: str | Path | None = None,
         device: str = "auto",
-        overrides: dict[str, Any] | None = None,
+        overrides: Any = None,
     ) -> None:
         self.device = pick_device(device)
         self.task, self.config = experiment.load(experiment_path, checkpoint, self.device, overrides)
-        settings, window = self.config.logging, float(self.config.data.duration)
-        self.how = How(instantiate(settings.sampler), settings.guidance, window, window / 2)
+        settings = self.config.logging
+        self.how = How(instantiate(settings.sampler), settings.guidance, float(self.config.data.duration))
+
+    @overload
+    def generate(
+        self,
+        video: str | Path,
+        duration: float | None = None,
+        *,
+        start: float = 0.0,
+        samples: Literal[1] = 1,
+        prompt: str | Path | None = None,
+        **how: Any,
+    ) -> Sound: ...
+
+    @overload
+    def generate(
+        self,
+        video: str | Path,
+        duration: float | None = None,
+        *,
+        start: float = 0.0,
+        samples: int,
+        prompt: str | Path | None = None,
+        **how: Any,
+    ) -> list[Sound]: ...
 
     def generate(
         self,
@@ -97,180 +159,232 @@ class VideoToAudio:
             prompt: an audio file whose sound the clip begins with.
             how: fields of `How` to change; the rest is what the experiment previewed itself with.
         """
-        clip = open_clip(Path(video), start, duration)
-        sounds = self.sounds([clip] * samples, self.features(clip).expand(samples, -1, -1), replace(self.how, **how), prompt)
+        clip, drawn = open_clip(Path(video), start, duration), replace(self.how, **how)
+        begun = None if prompt is None else self.read_prompt(prompt)
+        features = self.features(clip).expand(samples, -1, -1)
+        sounds = self.sounds([clip] * samples, features, drawn, begun, numbers=range(samples))
         return sounds[0] if samples == 1 else sounds
 
     @torch.no_grad()
     def features(self, clip: Clip) -> Tensor:
-        """Features (1, M, E) of a clip's picture, read and encoded piece by piece."""
+        """Features (1, M, E) of a clip's picture, read and encoded piece by piece, each with what lies around it."""
         encoder = self.task.encoder
-        frames = max(count(clip.duration, encoder.fps), 1)
-        around = count(encoder.context, encoder.fps)
-        rate = count(1.0, encoder.frame_rate / encoder.fps)
+        fps, begin = exact(encoder.fps), exact(clip.start)
+        frames, around = max(count(clip.duration, fps), 1), cover(encoder.context, fps)
+        rate = count(1.0, encoder.frame_rate / encoder.fps)  # features a video frame
         pieces = []
         for first in range(0, frames, PIECE):
             last = min(first + PIECE, frames)
-            begin, end = max(first - around, 0), min(last + around, frames)
-            span = (clip.start + begin / encoder.fps, (end - begin) / encoder.fps)
+            low, high = max(first - around, 0), min(last + around, frames)
+            span = float(begin + low / fps), float((high - low) / fps)
             video = read_video(clip.video, *span, encoder.fps, encoder.size)
             features = encoder(video.unsqueeze(0).to(self.device))
-            pieces.append(features[:, (first - begin) * rate : (last - begin) * rate])
+            pieces.append(features[:, (first - low) * rate : (last - low) * rate])
         return torch.cat(pieces, dim=1)
+
+    def read_prompt(self, path: str | Path) -> Tensor:
+        """The sound (A, N) of a file at the tokenizer's rate."""
+        tokenizer = self.task.tokenizer
+        return read_audio(path, sample_rate=tokenizer.sample_rate, channels=tokenizer.channels)
 
     def sounds(
         self,
-        clips: list[Clip],
+        clips: Sequence[Clip],
         features: Tensor,
         how: How,
-        prompt: str | Path | None = None,
+        prompt: Tensor | None = None,
         progress: Progress | None = None,
-        first_sample: int = 0,
+        numbers: Sequence[int] | None = None,
     ) -> list[Sound]:
-        """Sounds of clips of one length, generated together. The n-th time a clip stands in `clips` is its n-th sample."""
-        tokenizer, duration = self.task.tokenizer, clips[0].duration
-        seeds, seen = [], dict[str, int]()
-        for clip in clips:
-            number = seen.get(clip.id, first_sample)
-            seen[clip.id] = number + 1
-            seeds.append(seed_of(how.seed, clip.id, number))
-        if prompt is not None:
-            begun = read_audio(prompt, sample_rate=tokenizer.sample_rate, channels=tokenizer.channels)
-            if begun.shape[1] >= count(duration, tokenizer.sample_rate):
-                raise InputError(f"the prompt {prompt} is as long as the {duration:g} s to generate; give a shorter one")
-        wav = self.task.generate(
+        """Sounds of clips of one length from features (B, M, E), generated together.
+
+        Args:
+            prompt: wav (A, N) that every sound begins with. Raises InputError where it leaves nothing to generate.
+            numbers: which of its samples each clip gets; 0 unless given.
+        """
+        rate, duration = self.task.tokenizer.sample_rate, clips[0].duration
+        if prompt is not None and prompt.shape[1] >= count(duration, rate):
+            raise InputError(
+                f"the prompt lasts {prompt.shape[1] / rate:.2f} s, so nothing is left to generate of the {duration:g} s of "
+                f"{clips[0].video}; give a shorter prompt"
+            )
+        wavs = self.task.generate(
             features,
             duration,
-            seeds=seeds,
+            seeds=[how.seed_for(*wanted) for wanted in zip(clips, numbers or [0] * len(clips), strict=True)],
             sampler=how.sampler,
             guidance=how.guidance,
             window=how.window,
-            stride=how.stride,
-            prompt=None if prompt is None else begun.expand(len(clips), -1, -1),
+            stride=how.step,
+            prompt=None if prompt is None else prompt.expand(len(clips), -1, -1),
             progress=progress,
         )
-        return [Sound(sound.cpu(), tokenizer.sample_rate, clip) for sound, clip in zip(wav, clips, strict=True)]
+        return [Sound(wav.cpu(), rate, clip) for wav, clip in zip(wavs, clips, strict=True)]
+
+    def num_steps(self, duration: float) -> int:
+        """Steps of the LM for `duration` seconds."""
+        return self.task.lm.num_steps(self.task.tokenizer.num_frames(duration))
 
 
 def generate(config: DictConfig) -> Path:
-    """Sound for `video`, a file, a folder or a manifest; writes a wav and an mp4 a sample and returns their folder."""
+    """Sound for `video`, a file, a folder or a manifest; writes a wav and an mp4 a sample and returns their folder.
+
+    Whatever cannot be read or written is left out, and told at the end by an InputError.
+    """
     check_components(config)
+    for key in ("samples_per_video", "batch_size"):
+        if config[key] < 1:
+            raise InputError(f"{key}={config[key]} must be 1 or more")
     model = VideoToAudio(config.experiment_path, config.checkpoint, config.device, config.overridden_hparams)
-    now = datetime.now().strftime("%Y-%m-%dT%H-%M-%S")
-    out = make_folder(config.out or Path(config.experiment_path) / "samples" / now)
-    save_config(config, out / experiment.CONFIG)
-    window = config.window or model.how.window
-    how = How(instantiate(config.sampler), config.guidance, window, config.stride or window / 2, config.seed)
+    window = model.how.window if config.window is None else config.window
+    how = How(instantiate(config.sampler), config.guidance, window, config.stride, config.seed)
+    prompt = None if config.prompt is None else model.read_prompt(config.prompt)
     clips, failed = find_clips(config.video, config.start, config.duration)
+    work = batches(clips, config.samples_per_video, config.batch_size)
+    if not work:
+        raise InputError("; ".join(failed) or f"{config.video} names no clip; add one")
+    out = make_folder(config.out) if config.out else new_folder(Path(config.experiment_path) / "samples")
+
+    def name(clip: Clip, number: int) -> str:
+        return clip.id if config.samples_per_video == 1 else f"{clip.id}_{number + 1}"
+
+    check_targets([out / f"{name(*wanted)}.mp4" for batch in work for wanted in batch], clips)
+    save_config(config, out / experiment.CONFIG)
     written = 0
-    for batch in batches(clips, config.samples_per_video, config.batch_size):
-        written += _generate_batch(model, batch, how, config.prompt, out, config.samples_per_video, failed)
+    with bar("sound", sum(model.num_steps(batch[0][0].duration) for batch in work)) as shown:
+        for batch in work:
+            for sound, number in _draw(model, batch, how, prompt, shown, failed):
+                with _noted(failed):
+                    sound.save(out, name(sound.clip, number))
+                    written += 1
     print(f"samples: {written} in {out}")
     if failed:
-        raise InputError(f"{len(failed)} could not be done, the rest is in {out}: " + "; ".join(failed))
+        done = f"{written} samples are in {out}, but not all: " if written else ""
+        raise InputError(done + "; ".join(dict.fromkeys(failed)))
     return out
 
 
-def _generate_batch(
-    model: VideoToAudio,
-    batch: list[tuple[Clip, int]],
-    how: How,
-    prompt: str | None,
-    out: Path,
-    samples: int,
-    failed: list[str],
-) -> int:
-    """Generate and write clips of one length; one that cannot be read or written is told in `failed`."""
-    features, readable = dict[str, Tensor](), []
-    for clip, number in batch:
-        try:
-            if clip.id not in features:
-                features[clip.id] = model.features(clip)
-            readable.append((clip, number))
-        except InputError as error:
-            failed.append(str(error))
-    if not readable:
-        return 0
-    clips = [clip for clip, _ in readable]
-    names = clips[0].id if len(features) == 1 else f"{len(features)} videos"
-    with bar(f"sound for {names}", 1) as shown:
-
-        def progress(done: int, total: int) -> None:
-            shown.total = total
-            shown.update(done)
-
+def _draw(
+    model: VideoToAudio, batch: list[Wanted], how: How, prompt: Tensor | None, shown: Bar, failed: list[str]
+) -> list[tuple[Sound, int]]:
+    """The sounds of a batch with their numbers; a clip that cannot be read is told in `failed`."""
+    begun, features = shown.done, dict[str, Tensor]()
+    for clip in {clip.id: clip for clip, _ in batch}.values():
+        shown.update(begun, f"look at {clip.id}")
+        with _noted(failed):
+            features[clip.id] = model.features(clip)
+    readable = [(clip, number) for clip, number in batch if clip.id in features]
+    sounds: list[Sound] = []
+    if readable:
+        clips, numbers = zip(*readable, strict=True)
+        note = "sound for " + (clips[0].id if len(features) == 1 else f"{len(features)} videos")
         stacked = torch.cat([features[clip.id] for clip in clips])
-        sounds = model.sounds(clips, stacked, how, prompt, progress, first_sample=readable[0][1])
-    written = 0
-    for sound, (clip, number) in zip(sounds, readable, strict=True):
-        try:
-            sound.save(out, clip.id if samples == 1 else f"{clip.id}_{number + 1}")
-            written += 1
-        except InputError as error:
-            failed.append(str(error))
-    return written
+        with _noted(failed):
+            sounds = model.sounds(clips, stacked, how, prompt, lambda done, _: shown.update(begun + done, note), numbers)
+    shown.update(begun + model.num_steps(batch[0][0].duration))
+    return [(sound, number) for sound, (_, number) in zip(sounds, readable, strict=False)]
 
 
-def batches(clips: list[Clip], samples: int, batch_size: int) -> list[list[tuple[Clip, int]]]:
-    """(clip, number of the sample) in batches of one length."""
-    ordered = sorted(clips, key=lambda clip: clip.duration)
-    wanted = [(clip, number) for clip in ordered for number in range(samples)]
-    grouped: list[list[tuple[Clip, int]]] = []
-    for item in wanted:
-        if not grouped or len(grouped[-1]) == batch_size or grouped[-1][0][0].duration != item[0].duration:
-            grouped.append([])
-        grouped[-1].append(item)
-    return grouped
+@contextmanager
+def _noted(failed: list[str]) -> Iterator[None]:
+    """What a person did wrong with one clip does not stop the others."""
+    try:
+        yield
+    except InputError as error:
+        failed.append(str(error))
 
 
-def find_clips(video: str, start: float, duration: float | None) -> tuple[list[Clip], list[str]]:
-    """The clips that `video` names, and a sentence for each that cannot be used."""
+def batches(clips: Sequence[Clip], samples: int, batch_size: int) -> list[list[Wanted]]:
+    """Every sample of every clip, in batches of one length, the shortest first."""
+    work = []
+    for _, alike in groupby(sorted(clips, key=attrgetter("duration")), key=attrgetter("duration")):
+        wanted = [(clip, number) for clip in alike for number in range(samples)]
+        work += [wanted[first : first + batch_size] for first in range(0, len(wanted), batch_size)]
+    return work
+
+
+def find_clips(video: str | Path, start: float, duration: float | None) -> tuple[list[Clip], list[str]]:
+    """The clips that `video`, a file, a folder or a manifest, names, and a sentence for each that cannot be used.
+
+    Their ids are what their samples are called. Raises InputError where nothing can be looked for.
+    """
     path = Path(video)
+    check_span(path, start, duration)
+    named = list(_named_clips(path))
+    twice = [name for name, times in Counter(clip.id for clip in named).items() if times > 1]
+    if twice:
+        raise InputError(f"{path} names '{twice[0]}' twice, and its samples would be written over; give every clip its own id")
     clips, failed = [], list[str]()
-    if path.suffix == ".jsonl":
-        for clip in read_manifest(path):
-            clips.append(clip if duration is None else replace(clip, duration=duration))
-        return clips, failed
-    paths = find_videos(path) if path.is_dir() else [path]
-    for found in paths:
-        try:
-            clip = open_clip(found, start, duration)
-        except InputError as error:
-            if len(paths) == 1:
-                raise
-            failed.append(str(error))
-            continue
-        name = found.relative_to(path) if path.is_dir() else Path(found.name)
-        clips.append(replace(clip, id=name.with_suffix("").as_posix()))
+    for clip in track(named, "look at the videos", len(named)):
+        with _noted(failed):
+            length = clip.duration - start if duration is None and path.suffix == ".jsonl" else duration
+            span = open_clip(clip.video, clip.start + start, length)
+            clips.append(replace(clip, start=span.start, duration=span.duration))
     return clips, failed
 
 
+def _named_clips(path: Path) -> Iterator[Clip]:
+    """The clips of a manifest; of other files the length is not known yet."""
+    if path.suffix == ".jsonl":
+        for clip in read_manifest(path):
+            if Path(clip.id).is_absolute() or ".." in Path(clip.id).parts:
+                raise InputError(f"{path}: samples cannot be called '{clip.id}'; an id is a name, or a path below a folder")
+            yield clip
+        return
+    videos = find_videos(path) if path.is_dir() else [path]
+    names = [video.relative_to(path) if path.is_dir() else Path(video.name) for video in videos]
+    taken = Counter(name.with_suffix("") for name in names)
+    for video, name in zip(videos, names, strict=True):
+        alone = taken[name.with_suffix("")] == 1
+        yield Clip((name.with_suffix("") if alone else name).as_posix(), video, duration=math.nan)
+
+
 def open_clip(video: Path, start: float, duration: float | None) -> Clip:
-    """The span of a video to give sound to. Raises InputError where it ends after the video does."""
+    """The span of a video to give sound to, by default to its end. Raises InputError where the video has no such span."""
+    check_span(video, start, duration)
     length = probe(video).duration
     if start >= length:
         raise InputError(f"{video} lasts {length:.2f} s; it cannot begin at start={start:g}")
-    if duration is None:
-        duration = length - start
-    elif duration <= 0:
-        raise InputError(f"duration={duration:g} is no length; give seconds above 0, or leave it out for the whole video")
-    elif start + duration > length + 0.02:
-        raise InputError(
-            f"{video} lasts {length:.2f} s, so {duration:g} s from {start:g} s do not fit; ask for {length - start:.2f} s"
-        )
-    return Clip(id=video.stem, video=video, duration=duration, start=start)
+    left = length - start
+    if duration is not None and duration > left + HOLD:
+        raise InputError(f"{video} lasts {length:.2f} s, so {duration:g} s from {start:g} s do not fit; ask for {left:.2f} s")
+    if (left if duration is None else duration) < SHORTEST:
+        raise InputError(f"nothing is heard in less than {SHORTEST} s of {video}; ask for more, or begin earlier")
+    return Clip(id=video.stem, video=video, duration=left if duration is None else duration, start=start)
+
+
+def check_targets(targets: Iterable[Path], clips: Iterable[Clip]) -> None:
+    """Raise InputError where a video would be written over."""
+    sources = {clip.video.resolve() for clip in clips}
+    for target in targets:
+        if target.resolve() in sources:
+            raise InputError(f"{target} is a video to give sound to and would be written over; choose another output folder")
+
+
+def new_folder(parent: Path) -> Path:
+    """A new folder below `parent`, named by the present second and, where another run took that, a number."""
+    now, number = datetime.now().strftime("%Y-%m-%dT%H-%M-%S"), 1
+    make_folder(parent)
+    while True:
+        folder = parent / (now if number == 1 else f"{now}-{number}")
+        try:
+            folder.mkdir()
+        except FileExistsError:
+            number += 1
+        else:
+            return folder
 
 
 def pick_device(name: str) -> torch.device:
-    """The device called `name`; "auto" is the first CUDA device where there is one."""
+    """The device called `name`; "auto" is the first CUDA device where there is one. Raises InputError where it is not here."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-    except RuntimeError as error:
-        raise InputError(f"device={name} is no device; give auto, cpu, cuda or cuda:1") from error
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise InputError(
-            f"device={name} is not here: this machine has {torch.cuda.device_count()} CUDA devices; give device=auto"
-        )
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise InputError(f"device={name} is no device; give auto, cpu, cuda or cuda:1")
+    if device.type == "cuda" and (device.index or 0) >= (here := torch.cuda.device_count()):
+        raise InputError(f"device={name} is not here: this machine has {here} CUDA devices; give device=auto")
     return device

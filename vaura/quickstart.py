@@ -21,7 +21,6 @@ from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-import vaura
 from vaura import experiment
 from vaura.config import check_components, instantiate, run_dir
 from vaura.data.clips import TokenDataset
@@ -183,11 +182,17 @@ def measure(
             true=clip.video,
             impacts=clip.facts["impacts"],
             found=judge.onsets(wav),
-            note=f"{' and '.join(sorted(set(clip.facts['materials'])))}; heard: {judge.material(wav) or 'nothing'}",
+            note=describe(clip, judge.material(wav)),
         )
         for clip, path, wav in list(zip(clips, samples["own"], heard["own"], strict=True))[: config.evaluation.show]
     ]
     return metrics, figures, examples
+
+
+def describe(clip: Clip, heard: str | None) -> str:
+    """The materials of a clip, and the one heard where there is only one to hear."""
+    seen = " and ".join(sorted(set(clip.facts["materials"])))
+    return f"{seen}; heard: {heard or 'nothing'}" if only_material(clip) else seen
 
 
 def round_trip(task: TokenPrediction, clips: list[Clip], folder: Path) -> list[Tensor]:
@@ -211,8 +216,8 @@ def report(
     examples: list[Example],
 ) -> None:
     """The table in the terminal, report/metrics.json and report/index.html."""
-    versions = {name: version(name) for name in ("torch", "lightning", "hydra-core", "av")}
-    versions |= {"vaura": vaura.__version__, "python": platform.python_version()}
+    versions = {name: version(name) for name in ("vaura", "torch", "lightning", "hydra-core", "av")}
+    versions["python"] = platform.python_version()
     seconds = {name: round(value, 1) for name, value in stages.seconds.items()}
     seconds["total"] = round(sum(stages.seconds.values()), 1)
     metrics |= {"seconds": seconds, "seed": config.seed, "versions": versions}

@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import colorsys
 import html
+import logging
 import math
 import operator
 import re
@@ -133,6 +134,9 @@ def print_table(figures: list[Figure]) -> None:
         numbers = (_number(value) for value in (figure.value, figure.ceiling, figure.chance))
         table.add_row(_plain(figure.name), *numbers, _plain(figure.wanted) + verdict)
     Console().print(table)
+
+
+logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it tells of every file that it finished reading
 
 
 def read_curves(tensorboard_folder: Path) -> dict[str, Curve]:

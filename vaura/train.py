@@ -6,6 +6,7 @@ import logging
 import time
 import warnings
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from lightning import Callback, LightningModule, Trainer
@@ -17,14 +18,33 @@ from omegaconf import DictConfig
 from vaura import experiment
 from vaura.config import check_components, instantiate, run_dir
 from vaura.data.module import VideoData
+from vaura.errors import InputError
 from vaura.progress import track
 from vaura.seeds import seed_of
 from vaura.task.callbacks import FiniteLoss, GradientNorm, LastCheckpoint, Preview, StepBar, StepSeeds
 from vaura.task.token_prediction import TokenPrediction
 
-logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-for unhelpful in (".*number of training batches.*", ".*in eval mode at the start.*", ".*does not have many workers.*"):
-    warnings.filterwarnings("ignore", unhelpful)
+for chatter in ("lightning.pytorch", "lightning.fabric"):
+    logging.getLogger(chatter).setLevel(logging.WARNING)
+UNHELPFUL = (
+    r".*`isinstance\(treespec, LeafSpec\)` is deprecated",  # Lightning's use of torch
+    r"The number of training batches \(\d+\) is smaller than the logging interval",
+    r"Found \d+ module\(s\) in eval mode at the start of training",  # the frozen parts
+    r"The '\w+' does not have many workers",
+    r"Checkpoint directory .* exists and is not empty",  # a run that goes on
+)
+for sentence in UNHELPFUL:
+    warnings.filterwarnings("ignore", sentence)
+
+# Arguments of Lightning's Trainer that the house decides itself.
+HOUSE = (
+    "enable_progress_bar",
+    "enable_model_summary",
+    "num_sanity_val_steps",
+    "use_distributed_sampler",
+    "default_root_dir",
+    "logger",
+)
 
 
 def train(config: DictConfig) -> Path:
@@ -34,10 +54,13 @@ def train(config: DictConfig) -> Path:
     if rank_zero_only.rank == 0:
         experiment.begin(config, folder)
     torch.manual_seed(seed_of(config.seed, "weights"))
-    task = experiment.build(config, folder)
-    data = load_data(config, task)
-    prepare(config, task, data, folder)
-    learn(config, task, data, folder)
+    try:
+        task = experiment.build(config, folder)
+        data = load_data(config, task)
+        prepare(config, task, data, folder)
+        learn(config, task, data, folder)
+    except KeyboardInterrupt as stop:
+        raise KeyboardInterrupt(f"the same command with hydra.run.dir={folder} goes on") from stop
     if rank_zero_only.rank == 0:
         print(f"experiment: {folder}")
     return folder
@@ -65,28 +88,30 @@ def prepare(config: DictConfig, task: TokenPrediction, data: VideoData, folder: 
 
 def fit_tokenizer(task: TokenPrediction, data: VideoData, path: Path, seed: int) -> None:
     """Fit on the sound of the training clips; one process does it, the others wait for its file."""
+    tokenizer = cast(Any, task.tokenizer)  # one with `fitted` also has fit, save and load
     if rank_zero_only.rank == 0:
         sounds = (item["audio"] for item in track(data.items("train"), "listen to the clips", len(data.clips["train"])))
-        task.tokenizer.fit(sounds, seed=seed_of(seed, "tokenizer") % 2**31)
-        task.tokenizer.save(path)
+        tokenizer.fit(sounds, seed=seed_of(seed, "tokenizer") % 2**31)
+        tokenizer.save(path)
     else:
         while not path.is_file():
             time.sleep(0.5)
-        task.tokenizer.load(path)
+        tokenizer.load(path)
 
 
 def teach_encoder(config: DictConfig, task: TokenPrediction, data: VideoData, folder: Path) -> None:
     """Learn the visual tower by contrast with the sound of the training clips."""
-    contrast = instantiate(config.contrast.task, encoder=task.encoder, sample_rate=task.tokenizer.sample_rate)
-    task.encoder.requires_grad_(True)
+    encoder = cast(Any, task.encoder)  # one with `learnt` is a module that can save itself
+    contrast = instantiate(config.contrast.task, encoder=encoder, sample_rate=task.tokenizer.sample_rate)
+    encoder.requires_grad_(True)
     stage = folder / "encoder"
     every = config.logging.last_every
     batch_size = config.contrast.batch_size
     fit(contrast, data, config.contrast.trainer, stage, config.seed, "teach the encoder", every, batch_size=batch_size)
-    task.encoder.requires_grad_(False).eval()
-    task.encoder.learnt = True
+    encoder.requires_grad_(False).eval()
+    encoder.learnt = True
     if rank_zero_only.rank == 0:
-        task.encoder.save(folder / experiment.ENCODER)
+        encoder.save(folder / experiment.ENCODER)
 
 
 def learn(config: DictConfig, task: TokenPrediction, data: VideoData, folder: Path) -> None:
@@ -123,7 +148,10 @@ def fit(
     resume: str | None = None,
 ) -> None:
     """Lightning's fit in `folder`. Goes on from `resume`, or from the last checkpoint that the folder holds already."""
+    if taken := [name for name in HOUSE if name in trainer]:
+        raise InputError(f"trainer.{taken[0]} is the house's own to decide; remove it from the config")
     last = LastCheckpoint(folder / experiment.CHECKPOINTS, last_every)
+    theirs = [instantiate(node) for node in trainer.get("callbacks") or ()]
     engine: Trainer = instantiate(
         trainer,
         enable_progress_bar=False,
@@ -132,11 +160,11 @@ def fit(
         use_distributed_sampler=False,
         default_root_dir=folder,
         logger=TensorBoardLogger(folder, name="tensorboard", version=""),
-        callbacks=[StepSeeds(seed), StepBar(title), GradientNorm(), FiniteLoss(), *(watchers or []), last],
+        callbacks=[StepSeeds(seed), StepBar(title), GradientNorm(), FiniteLoss(), *(watchers or []), *theirs, last],
     )
     start = Path(resume) if resume else last.path if last.path.is_file() else None
     if start is not None:
-        experiment.read_checkpoint(start)
+        experiment.check_resumable(start, module)
     try:
         engine.fit(
             module,

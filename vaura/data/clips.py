@@ -112,7 +112,7 @@ class EpochOrder(Sampler[tuple[int, int]]):
         self.epoch, self.begin = 0, 0
 
     def __len__(self) -> int:
-        return self.length // self.world_size if self.shuffle else -(-(self.length - self.rank) // self.world_size)
+        return self.length // self.world_size if self.shuffle else len(range(self.rank, self.length, self.world_size))
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         order = torch.arange(self.length)
@@ -128,12 +128,20 @@ class ClipLoader(DataLoader):
     """A loader that goes on after any batch: its state is its epoch and the batches it has given in it.
 
     With a shuffled order every pass is the next epoch; otherwise every pass is epoch 0, the same clips from the same instants.
+    Where there are fewer clips than processes, validation repeats one, for all processes must meet; training is an InputError.
     """
 
     def __init__(self, dataset: Dataset, order: EpochOrder, batch_size: int, workers: int) -> None:
+        if order.length and not len(order):
+            if order.shuffle:
+                raise InputError(
+                    f"{order.length} training clips are too few for {order.world_size} processes; "
+                    f"set trainer.devices={order.length}"
+                )
+            order.rank %= order.length
         super().__init__(
             dataset,
-            batch_size,
+            max(batch_size, 1),
             sampler=order,
             num_workers=workers,
             drop_last=order.shuffle,

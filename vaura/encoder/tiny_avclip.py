@@ -62,7 +62,8 @@ class TinyAVCLIP(nn.Module):
             nn.GroupNorm(4, 2 * width),
             nn.GELU(),
         )
-        self.pool = nn.Linear(2 * width * (size // 8) ** 2, 2 * dim)
+        self.where = nn.Conv2d(2 * width, 16, 1)  # few channels, every place: where it moves
+        self.pool = nn.Linear(16 * (size // 8) ** 2 + 4 * width, 2 * dim)  # and all channels, no place: what moves
         self.temporal = nn.Sequential(
             nn.GELU(),
             nn.Conv1d(2 * dim, 2 * dim, 5, padding=2),
@@ -81,7 +82,8 @@ class TinyAVCLIP(nn.Module):
         x = video.flatten(0, 1).to(self.stem.weight.dtype) / 255.0 - 0.5
         x = self.stem(x.contiguous(memory_format=torch.channels_last))
         x = self.spatial(self._changes(x.unflatten(0, (batch, frames))).flatten(0, 1))
-        x = rearrange(self.pool(x.flatten(1)), "(b f) e -> b e f", b=batch)
+        x = torch.cat([self.where(x).flatten(1), x.amax((2, 3)), x.mean((2, 3))], dim=1)
+        x = rearrange(self.pool(x), "(b f) e -> b e f", b=batch)
         return F.normalize(self.temporal(x).transpose(1, 2).float(), dim=-1)
 
     def _changes(self, x: Tensor) -> Tensor:

@@ -22,7 +22,8 @@ def _open_torchaudio() -> types.ModuleType:
     stand_in._IS_TORCHAUDIO_EXT_AVAILABLE = False
     stand_in._IS_RIR_AVAILABLE = False
     stand_in._IS_ALIGN_AVAILABLE = False
-    stand_in.lazy_import_sox_ext = stand_in.lazy_import_ffmpeg_ext = lambda: None
+    absent = types.SimpleNamespace(is_available=lambda: False)
+    stand_in.lazy_import_sox_ext = stand_in.lazy_import_ffmpeg_ext = lambda: absent
 
     def needs_native(function):
         def unavailable(*args, **kwargs):

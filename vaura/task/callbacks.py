@@ -60,27 +60,25 @@ class GradientNorm(Callback):
 
     def on_before_optimizer_step(self, trainer: Trainer, module: LightningModule, optimizer: torch.optim.Optimizer) -> None:
         gradients = [p.grad for p in module.parameters() if p.grad is not None]
-        module.log("train/gradient_norm", torch.nn.utils.get_total_norm(gradients))
+        module.log("train/gradient_norm", torch.stack([gradient.norm() for gradient in gradients]).norm())
 
 
 class FiniteLoss(Callback):
     """Stops all processes at a loss that is not a number, before a checkpoint or early stopping sees it."""
 
     def on_train_batch_end(self, trainer: Trainer, module: LightningModule, outputs: Any, *_: Any) -> None:
-        loss = outputs["loss"] if isinstance(outputs, dict) else outputs
-        self._check(trainer, "training", None if loss is None else float(loss))
+        self._check(trainer, module, "training", outputs["loss"] if isinstance(outputs, dict) else outputs)
 
     def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
-        loss = trainer.callback_metrics.get("val/loss")
-        self._check(trainer, "validation", None if loss is None else float(loss))
+        self._check(trainer, module, "validation", trainer.callback_metrics.get("val/loss"))
 
-    def _check(self, trainer: Trainer, split: str, loss: float | None) -> None:
+    def _check(self, trainer: Trainer, module: LightningModule, split: str, loss: Tensor | None) -> None:
         strange = loss is not None and not math.isfinite(loss)
         if trainer.strategy.reduce_boolean_decision(strange, all=False):
-            value = loss if strange else "nan in another process"
+            key = "task.optimizer.lr" if isinstance(module, TokenPrediction) else "contrast.task.optimizer.lr"
             raise InputError(
-                f"the {split} loss became {value} at step {trainer.global_step}; lower the optimizer's lr or "
-                "trainer.gradient_clip_val and start again, or resume=CHECKPOINT from an earlier one"
+                f"the {split} loss is no longer a finite number at step {trainer.global_step}; lower {key} or "
+                "trainer.gradient_clip_val and start anew, or add resume=CHECKPOINT with an earlier one"
             )
 
 

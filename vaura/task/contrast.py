@@ -28,6 +28,7 @@ class Contrast(LightningModule):
         sample_rate: of the batches' sound.
         crop: seconds of every clip that a training step looks at, at an instant of its own.
         instants: drawn from every crop.
+        preference: power of the level above the quietest instant, to which an instant's chance of being drawn is proportional.
         temperature: of the softmax at the start; it is learnt.
         n_mels, n_fft, floor: of the log-mel that the sound tower reads.
     """
@@ -39,6 +40,7 @@ class Contrast(LightningModule):
         sample_rate: int,
         crop: float = 1.28,
         instants: int = 16,
+        preference: float = 1.5,
         temperature: float = 0.1,
         n_mels: int = 64,
         n_fft: int = 512,
@@ -46,7 +48,7 @@ class Contrast(LightningModule):
     ) -> None:
         super().__init__()
         self.encoder, self.instants, self.optimizer_of = encoder, instants, optimizer
-        self.crop, self.sample_rate = crop, sample_rate
+        self.crop, self.preference, self.sample_rate = crop, preference, sample_rate
         hop_length = round(sample_rate / float(encoder.frame_rate) / 2)
         self.mel = LogMel(sample_rate, n_fft=n_fft, hop_length=hop_length, n_mels=n_mels, floor=floor)
         self.sound_tower = SoundTower(encoder.dim, n_mels, hop=2)
@@ -57,8 +59,8 @@ class Contrast(LightningModule):
         mel = self.mel(batch["audio"].mean(1))
         seen = self.encoder(batch["video"])
         heard = self.sound_tower(mel)[:, : seen.shape[1]]
-        loudness = F.avg_pool1d(mel.mean(1, keepdim=True), 2)[:, 0, : seen.shape[1]]
-        chance = loudness - loudness.amin(1, keepdim=True) + 0.1
+        level = F.avg_pool1d(mel.mean(1, keepdim=True), 2)[:, 0, : seen.shape[1]]
+        chance = (level - level.amin(1, keepdim=True)) ** self.preference + 0.05
         index = torch.multinomial(chance, self.instants).unsqueeze(-1).expand(-1, -1, seen.shape[2])
         seen, heard = seen.gather(1, index).flatten(0, 1), heard.gather(1, index).flatten(0, 1)
         alike = self.log_scale.exp().clamp(max=100.0) * seen @ heard.T
