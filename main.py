@@ -9,7 +9,7 @@ Everything Hydra offers works behind `config=PATH`. Called alone it lists the co
 
 import sys
 
-from vaura.config import run
+from vaura.launch import run
 
 if __name__ == "__main__":
     sys.exit(run(sys.argv[1:]))

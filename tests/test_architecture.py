@@ -14,7 +14,10 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 
 # A module imports strictly lower floors, or its own room. The ground floor is one room.
 FLOORS = {
-    0: ("protocols", "timing", "config", "errors", "files", "progress", "seeds"),
+    0: (
+        *("protocols", "timing", "errors", "files", "progress", "seeds"),
+        *("launch", "command", "config", "components", "refusals", "run_folder"),  # from a command line to its verb
+    ),
     1: ("media", "weights"),
     2: ("tokenizer", "vocoder", "encoder", "conditioner", "lm", "metric", "data"),
     3: ("task",),

@@ -4,10 +4,10 @@ import shutil
 import pytest
 import torch
 
-from vaura.config import run
 from vaura.data.manifest import Clip, read_manifest, write_manifest
 from vaura.data.world import World, build
 from vaura.evaluate import SAMPLE_RATE, Judge, find_pairs, impact_times, listen, only_material, shifted
+from vaura.launch import run
 from vaura.media.audio import read_audio
 from vaura.media.mux import replace_sound
 

@@ -11,9 +11,9 @@ import torch
 from omegaconf import OmegaConf
 
 import vaura.generate
-from vaura.config import run
 from vaura.errors import InputError
 from vaura.generate import How, VideoToAudio, batches, find_clips, new_folder, open_clip, pick_device
+from vaura.launch import run
 from vaura.lm.sampling import Sampler
 from vaura.media.mux import write_video
 from vaura.timing import align

@@ -8,8 +8,8 @@ import soundfile
 import torch
 
 import vaura
-from vaura.config import run
 from vaura.errors import InputError
+from vaura.launch import run
 
 
 @pytest.fixture(scope="module")

@@ -21,6 +21,7 @@ conditioner: {}
 lm: {num_layers: 2}
 task: {}
 trainer: {max_steps: 3}
+logging: {}
 hydra:
   run:
     dir: ${resume_or_new:logs/${name}}
@@ -42,8 +43,8 @@ def with_verb(folder: Path, body: str) -> Path:
     (folder / "own_verb.py").write_text(f"def verb(cfg):\n    {body}\n")
     program = folder / "program.py"
     program.write_text(
-        f"import sys\nsys.path[:0] = [{str(REPOSITORY)!r}, {str(folder)!r}]\nfrom vaura import config\n"
-        "config.VERBS['train'] = 'own_verb:verb'\nstatus = config.run(sys.argv[1:])\n"
+        f"import sys\nsys.path[:0] = [{str(REPOSITORY)!r}, {str(folder)!r}]\nfrom vaura import config, launch\n"
+        "config.VERBS['train'] = 'own_verb:verb'\nstatus = launch.run(sys.argv[1:])\n"
         "print('torch' in sys.modules)\nsys.exit(status)\n"
     )
     return program

@@ -12,8 +12,9 @@ import pytest
 import torch
 
 import vaura
-from vaura import config
-from vaura.config import check_components, check_run, compose, save_config, translate
+from vaura.command import SPELLINGS, find_config, runnable, translate
+from vaura.components import check_components
+from vaura.config import check_run, compose, save_config
 from vaura.data.manifest import Clip
 from vaura.errors import InputError
 from vaura.generate import How, Sound, VideoToAudio
@@ -81,12 +82,12 @@ def test_a_wrong_command_would_be_noticed(wrong):
 
 def test_every_config_that_runs_is_shown():
     shown = {
-        config.find_config(word.removeprefix("config="))
+        find_config(word.removeprefix("config="))
         for command in COMMANDS
         for word in arguments(command)[:1]
         if "EXPERIMENT" not in word
     }
-    assert shown == set(config.runnable())
+    assert shown == set(runnable())
 
 
 def test_the_extras_that_are_installed_exist():
@@ -102,7 +103,7 @@ def test_the_published_spellings():
     )
     keys = [[re.sub(r"\.\*$", "", key) for key in re.findall(r"`([^`]+)`", cell)] for row in rows for cell in row]
     told = {old: new for olds, news in zip(keys[::2], keys[1::2], strict=True) for old, new in zip(olds, news, strict=True)}
-    assert told == config.SPELLINGS
+    assert told == SPELLINGS
 
 
 def test_the_python_example_fits_the_house(monkeypatch):

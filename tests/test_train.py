@@ -14,9 +14,10 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from vaura import config
-from vaura.config import run
+from vaura.command import is_follower, translate
+from vaura.launch import run
 from vaura.media.mux import write_video
+from vaura.run_folder import start_time
 from vaura.task.token_prediction import TokenPrediction
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -374,20 +375,20 @@ def members(session: int) -> list[int]:
 def test_the_processes_of_a_job_agree_on_a_folder_and_on_who_writes(monkeypatch):
     for name in ("SLURM_JOB_ID", "SLURM_PROCID", "RANK", "TORCHELASTIC_RUN_ID"):
         monkeypatch.delenv(name, raising=False)
-    alone = config.start_time()
-    assert not config._is_follower()
+    alone = start_time()
+    assert not is_follower()
     monkeypatch.setenv("SLURM_JOB_ID", "4711")
     for rank in ("0", "3"):
         monkeypatch.setenv("SLURM_PROCID", rank)
-        assert config.start_time() == "job-4711" != alone
-        assert config._is_follower() == (rank == "3")
-        follows = "hydra.output_subdir=null" in config.translate([TRAIN]).arguments
+        assert start_time() == "job-4711" != alone
+        assert is_follower() == (rank == "3")
+        follows = "hydra.output_subdir=null" in translate([TRAIN]).arguments
         assert follows == (rank == "3")
     monkeypatch.delenv("SLURM_JOB_ID")
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "mine")
-    assert config.start_time() == "run-mine"
+    assert start_time() == "run-mine"
     monkeypatch.setenv("RANK", "0")  # torchrun's word goes before SLURM's
-    assert not config._is_follower()
+    assert not is_follower()
 
 
 # --- what cannot work ---

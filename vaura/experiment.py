@@ -17,7 +17,8 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from vaura.config import instantiate, load_config, merge, save_config
+from vaura.components import instantiate
+from vaura.config import load_config, merge, save_config
 from vaura.errors import InputError, nearest
 from vaura.files import make_folder
 from vaura.task.token_prediction import TokenPrediction

@@ -18,7 +18,8 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from vaura import experiment
-from vaura.config import check_components, instantiate, save_config
+from vaura.components import check_components, instantiate
+from vaura.config import save_config
 from vaura.data.manifest import Clip, find_videos, read_manifest
 from vaura.errors import InputError
 from vaura.files import make_folder

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from vaura import experiment
-from vaura.config import check_components, instantiate, run_dir
+from vaura.components import check_components, instantiate
 from vaura.data.clips import TokenDataset
 from vaura.data.manifest import Clip
 from vaura.data.module import VideoData
@@ -33,6 +33,7 @@ from vaura.generate import How, Sound, VideoToAudio
 from vaura.media.audio import read_audio
 from vaura.progress import track
 from vaura.report import Example, Figure, print_table, read_curves, write_report
+from vaura.run_folder import run_dir
 from vaura.seeds import seed_of
 from vaura.task.token_prediction import TokenPrediction
 from vaura.train import fit_tokenizer, learn, load_data, teach_encoder

@@ -16,10 +16,11 @@ from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig
 
 from vaura import experiment
-from vaura.config import check_components, instantiate, run_dir
+from vaura.components import check_components, instantiate
 from vaura.data.module import VideoData
 from vaura.errors import InputError
 from vaura.progress import track
+from vaura.run_folder import run_dir
 from vaura.seeds import seed_of
 from vaura.task.callbacks import FiniteLoss, GradientNorm, LastCheckpoint, Preview, StepBar, StepSeeds
 from vaura.task.token_prediction import TokenPrediction

@@ -1,0 +1,64 @@
+"""Whatever is wrong with a command line or a config is told in one sentence."""
+
+from pathlib import Path
+
+import pytest
+
+
+@pytest.mark.parametrize(
+    ("argv", "sentence"),
+    [
+        (["trainer.max_stepss=3"], "unknown key 'trainer.max_stepss'. Did you mean 'trainer.max_steps'?"),
+        (["lm=large", "lm.num_layer=3"], "unknown key 'lm.num_layer'. Did you mean 'lm.num_layers'?"),
+        (["batch_sise=3"], "unknown key 'batch_sise'. Did you mean 'data.batch_size'?"),
+        (["+sed=1"], "unknown key 'sed'. Did you mean 'seed'?"),
+        (["++foo.bar=1"], "unknown key 'foo'. --cfg job shows every key."),
+        (["hydra.runn.dir=x"], "unknown key 'hydra.runn.dir'. --cfg hydra shows every key."),
+        (["seed=abc"], "seed takes a whole number, not 'abc'"),
+        (["--multirun", "seed=1,abc"], "seed takes a whole number, not 'abc'"),
+        (["name=null"], "name takes a value, not null"),
+        (["seed"], "'seed' is no override; write seed=VALUE"),
+        (["seed=1,2"], "'seed=1,2' gives several values; write seed=[1,2] for a list, or add --multirun to run each"),
+        (
+            ["lm.dim=${data.batch_sise}"],
+            "lm.dim refers to ${data.batch_sise}, which does not exist. Did you mean 'data.batch_size'?",
+        ),
+        (["~lm"], "lm (predicts codes): no value given; add lm=VALUE"),
+        (["name=???"], "name (the experiment's name: its folder is logs/NAME/TIME): no value given; add name=VALUE"),
+        (["action=trian"], "unknown action 'trian'; there are train, generate, evaluate, quickstart. Did you mean 'train'?"),
+        (
+            ["tokenizer=encodek_24khz"],
+            "there is no tokenizer 'encodek_24khz'; there are encodec_24khz. Did you mean 'encodec_24khz'?",
+        ),
+    ],
+)
+def test_a_wrong_word_is_refused_in_one_sentence(refusal, seen, argv, sentence):
+    assert refusal("config=train", *argv) == sentence
+    assert not seen
+    assert not list(Path().glob("logs/**/config.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        ("configs/tran.yaml", "there is no config 'configs/tran.yaml'. Did you mean 'configs/train.yaml'?"),
+        ("nowhere/train.yml", "there is no config 'nowhere/train.yml'. Did you mean 'configs/train.yaml'?"),
+        ("stranger", "in stranger.yaml, unknown key 'trainr'. Did you mean 'trainer'?"),
+        ("mistyped", "in mistyped.yaml, seed takes a whole number, not 'many'"),
+        ("broken", "{configs}/broken.yaml, line 2 is not YAML: mapping values are not allowed here"),
+        ("open", "data.root (the folder of clips): no value given; add data.root=VALUE"),
+        (
+            "bare",
+            "{configs}/bare.yaml names no schema: its defaults list begins with one of train, quickstart, generate, evaluate,"
+            " as '- schema: train'",
+        ),
+        (
+            "experiments/system/lost",
+            "{configs}/experiments/system/lost.yaml needs '# @package _global_' as its first line, because it lies in a"
+            " subfolder of {configs}",
+        ),
+    ],
+)
+def test_a_wrong_config_is_refused_in_one_sentence(refusal, configs, seen, name, sentence):
+    assert refusal(f"config={name}") == sentence.format(configs=configs)
+    assert not seen
