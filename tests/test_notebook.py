@@ -32,11 +32,13 @@ def code() -> list[str]:
 def experiment(tiny, tmp_path, monkeypatch) -> Path:
     """The tiny experiment as the newest quickstart of a repository in whose notebooks/ one works, its world beside it."""
     held_out = [replace(clip, split="test") for clip in read_manifest(tiny.manifest) if clip.split == "val"]
-    write_manifest(tmp_path / "world.jsonl", held_out)
-    monkeypatch.setattr("vaura.quickstart.imagine", lambda config: tmp_path / "world.jsonl")
     (tmp_path / "notebooks").mkdir()
     monkeypatch.chdir(tmp_path / "notebooks")
-    return Path(shutil.copytree(tiny.folder, tmp_path / "logs" / "quickstart" / "2026-01-31T12-00-00"))
+    folder = Path(shutil.copytree(tiny.folder, tmp_path / "logs" / "quickstart" / "2026-01-31T12-00-00"))
+    write_manifest(tmp_path / "world.jsonl", held_out)
+    config = (folder / "config.yaml").read_text()
+    (folder / "config.yaml").write_text(config.replace(str(tiny.manifest), str(tmp_path / "world.jsonl")))
+    return folder
 
 
 @pytest.fixture

@@ -373,18 +373,21 @@ def members(session: int) -> list[int]:
 
 
 def test_the_processes_of_a_job_agree_on_a_folder_and_on_who_writes(monkeypatch):
-    for name in ("SLURM_JOB_ID", "SLURM_PROCID", "RANK", "TORCHELASTIC_RUN_ID"):
+    for name in ("SLURM_JOB_ID", "SLURM_PROCID", "SLURM_NTASKS", "SLURM_STEP_ID", "RANK", "TORCHELASTIC_RUN_ID"):
         monkeypatch.delenv(name, raising=False)
     alone = start_time()
     assert not is_follower()
     monkeypatch.setenv("SLURM_JOB_ID", "4711")
+    assert start_time() == alone  # a job of one process may hold several runs
+    monkeypatch.setenv("SLURM_NTASKS", "4")
+    monkeypatch.setenv("SLURM_STEP_ID", "2")
     for rank in ("0", "3"):
         monkeypatch.setenv("SLURM_PROCID", rank)
-        assert start_time() == "job-4711" != alone
+        assert start_time() == "job-4711-2" != alone
         assert is_follower() == (rank == "3")
         follows = "hydra.output_subdir=null" in translate([TRAIN]).arguments
         assert follows == (rank == "3")
-    monkeypatch.delenv("SLURM_JOB_ID")
+    monkeypatch.delenv("SLURM_NTASKS")
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "mine")
     assert start_time() == "run-mine"
     monkeypatch.setenv("RANK", "0")  # torchrun's word goes before SLURM's

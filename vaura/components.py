@@ -34,7 +34,9 @@ def instantiate(node: Any, **supplied: Any) -> Any:
         cause: BaseException | None = error
         while cause is not None and not isinstance(cause, InputError):
             cause = cause.__cause__
-        raise cause or error from error
+        if cause is None:
+            raise
+        raise cause from error
 
 
 def check_components(

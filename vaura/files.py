@@ -22,8 +22,10 @@ def write_aside(path: str | Path) -> Iterator[Path]:
     try:
         yield aside
         os.replace(aside, path)
-    except PermissionError as error:
-        raise InputError(f"cannot write {path}: permission denied; choose another output folder") from error
+    except OSError as error:
+        raise InputError(
+            f"cannot write {path}: {error.strerror or error}; make room or choose another output folder"
+        ) from error
     finally:
         aside.unlink(missing_ok=True)
 

@@ -33,7 +33,7 @@ from vaura.seeds import seed_of
 from vaura.timing import count, cover, exact
 
 PIECE = 256
-"""Video frames encoded at once, so that an hour needs no more memory than ten seconds."""
+"""Video frames read and encoded at once, so that the picture of an hour needs no more memory than that of ten seconds."""
 
 SHORTEST = 0.01
 """Seconds below which there is nothing to hear."""

@@ -104,8 +104,8 @@ def start_time() -> str:
 
 def _launcher() -> str:
     """A name that the processes of one SLURM job or one torchrun share, or ""."""
-    if job := os.environ.get("SLURM_JOB_ID"):
-        return f"job-{job}"
+    if int(os.environ.get("SLURM_NTASKS", "1")) > 1:  # a job may hold several runs, each a step
+        return f"job-{os.environ['SLURM_JOB_ID']}-{os.environ.get('SLURM_STEP_ID', '0')}"
     run = os.environ.get("TORCHELASTIC_RUN_ID", "")
     if run != "none":
         return run and f"run-{run}"

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from hydra.errors import InstantiationException
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -55,6 +56,7 @@ def train(config: DictConfig) -> Path:
     if rank_zero_only.rank == 0:
         experiment.begin(config, folder)
     torch.manual_seed(seed_of(config.seed, "weights"))
+    build_trainer(config.trainer, logger=False, enable_checkpointing=False)  # refuses now, not after the first stages
     try:
         task = experiment.build(config, folder)
         data = load_data(config, task)
@@ -65,6 +67,15 @@ def train(config: DictConfig) -> Path:
     if rank_zero_only.rank == 0:
         print(f"experiment: {folder}")
     return folder
+
+
+def build_trainer(trainer: DictConfig, **supplied: Any) -> Trainer:
+    """Lightning's Trainer. Raises InputError where it refuses its settings or the machine lacks what they ask for."""
+    try:
+        return instantiate(trainer, **supplied)
+    except InstantiationException as error:
+        reason = " ".join(str(error.__cause__ or error).split())
+        raise InputError(f"the trainer's settings will not do: {reason}") from error
 
 
 def load_data(config: DictConfig, task: TokenPrediction) -> VideoData:
@@ -103,6 +114,7 @@ def fit_tokenizer(task: TokenPrediction, data: VideoData, path: Path, seed: int)
 def teach_encoder(config: DictConfig, task: TokenPrediction, data: VideoData, folder: Path) -> None:
     """Learn the visual tower by contrast with the sound of the training clips."""
     encoder = cast(Any, task.encoder)  # one with `learnt` is a module that can save itself
+    torch.manual_seed(seed_of(config.seed, "contrast"))  # whatever was drawn before, in this run or an earlier part of it
     contrast = instantiate(config.contrast.task, encoder=encoder, sample_rate=task.tokenizer.sample_rate)
     encoder.requires_grad_(True)
     stage = folder / "encoder"
@@ -153,7 +165,7 @@ def fit(
         raise InputError(f"trainer.{taken[0]} is the house's own to decide; remove it from the config")
     last = LastCheckpoint(folder / experiment.CHECKPOINTS, last_every)
     theirs = [instantiate(node) for node in trainer.get("callbacks") or ()]
-    engine: Trainer = instantiate(
+    engine = build_trainer(
         trainer,
         enable_progress_bar=False,
         enable_model_summary=False,

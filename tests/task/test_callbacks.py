@@ -108,7 +108,8 @@ def test_the_last_checkpoint_is_written_behind_whole_steps(tmp_path, monkeypatch
 
     monkeypatch.setattr(Trainer, "save_checkpoint", save_checkpoint)
     train(tmp_path, LastCheckpoint(tmp_path, 4), **settings)
-    assert written == [(step, "last.ckpt") for step in saved]
+    assert written == [(step, "last.part") for step in saved]
+    assert [path.name for path in tmp_path.glob("last.*")] == ["last.ckpt"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -81,8 +81,13 @@ class ClipDataset(Dataset):
         """Read every clip once and keep it in memory; for corpora of fixed spans that fit there."""
         indices = [(0, index) for index in range(len(self))]
         loader = DataLoader(self, batch_size=None, sampler=indices, num_workers=workers)
-        kept = {index: item for (_, index), item in zip(indices, track(loader, "read the clips", len(self)), strict=True)}
-        self.kept = kept
+        read = track(loader, "read the clips", len(self))
+        self.kept = {index: _own(item) for (_, index), item in zip(indices, read, strict=True)}
+
+
+def _own(item: Batch | None) -> Batch | None:
+    """The item in memory of our own: what a worker sends holds an open file for every tensor."""
+    return item and {key: value.clone() if isinstance(value, Tensor) else value for key, value in item.items()}
 
 
 class TokenDataset(Dataset):

@@ -150,13 +150,15 @@ class TokenLM(nn.Module):
         self.delays = delays_of(pattern, num_codebooks)
         self.dim, self.num_heads, self.channels, self.rope_base = dim, num_heads, channels, rope_base
         self.embeddings = nn.ModuleList(nn.Embedding(codebook_size + 1, dim - channels) for _ in range(num_codebooks))
-        self.after_end = nn.Parameter(torch.empty(channels))  # the channel condition of steps past the last frame
+        # the channel condition of steps past the last frame, which only a delay brings
+        self.after_end = nn.Parameter(torch.empty(channels)) if channels and max(self.delays) else None
         self.dropout = nn.Dropout(dropout)
         self.blocks = nn.ModuleList(Block(dim, num_heads, ffn_multiple, norm_eps, dropout) for _ in range(num_layers))
         self.norm = RMSNorm(dim, norm_eps)
         self.heads = nn.ModuleList(nn.Linear(dim, codebook_size, bias=False) for _ in range(num_codebooks))
         self.apply(self._initialise)
-        nn.init.normal_(self.after_end, std=0.02)
+        if self.after_end is not None:
+            nn.init.normal_(self.after_end, std=0.02)
         for head in self.heads:
             nn.init.zeros_(head.weight)  # the first loss is exactly ln V
 
@@ -214,6 +216,6 @@ class TokenLM(nn.Module):
             raise ValueError(f"this LM reads a channel condition of width {self.channels} and was given none")
         channel = condition.channel[:, start : start + count]
         missing = count - channel.shape[1]
-        if missing:
+        if missing and self.after_end is not None:
             channel = torch.cat([channel, self.after_end.to(channel).expand(channel.shape[0], missing, -1)], dim=1)
         return channel

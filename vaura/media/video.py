@@ -182,7 +182,7 @@ def open_media(path: str | Path) -> Iterator[InputContainer]:
     if path.is_dir():
         raise InputError(f"{path} is a folder; name a video or sound file")
     try:
-        file = av.open(str(path))
+        file = av.open(str(path), metadata_errors="replace")  # tags may be in any encoding
     except FFmpegError as error:
         raise InputError(
             f"{path} is not a video or sound file that can be read ({error.strerror}); replace the file"

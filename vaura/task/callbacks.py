@@ -131,7 +131,10 @@ class LastCheckpoint(Checkpoint):
         self._restore()
 
     def _save(self, trainer: Trainer) -> None:
-        trainer.save_checkpoint(self.path)
+        aside = self.path.with_suffix(".part")  # Lightning writes through the temporary folder, which may be another disk
+        trainer.save_checkpoint(aside)
+        if trainer.is_global_zero:
+            aside.replace(self.path)
         self.saved = trainer.global_step
 
     def _obey(self) -> None:

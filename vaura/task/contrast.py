@@ -13,7 +13,7 @@ from vaura.data.clips import Batch
 from vaura.encoder.tiny_avclip import SoundTower
 from vaura.media.mel import LogMel
 from vaura.task.optimizer import Optimizer
-from vaura.timing import count
+from vaura.timing import align, count
 
 
 class Contrast(LightningModule):
@@ -49,7 +49,8 @@ class Contrast(LightningModule):
         super().__init__()
         self.encoder, self.instants, self.optimizer_of = encoder, instants, optimizer
         self.crop, self.preference, self.sample_rate = crop, preference, sample_rate
-        hop_length = round(sample_rate / float(encoder.frame_rate) / 2)
+        hop_length = count(0.5 / float(encoder.frame_rate), sample_rate)
+        self.heard_rate = sample_rate / (2 * hop_length)  # near the encoder's rate, and equal where that divides
         self.mel = LogMel(sample_rate, n_fft=n_fft, hop_length=hop_length, n_mels=n_mels, floor=floor)
         self.sound_tower = SoundTower(encoder.dim, n_mels, hop=2)
         self.log_scale = nn.Parameter(torch.tensor(1.0 / temperature).log())
@@ -58,8 +59,9 @@ class Contrast(LightningModule):
         """InfoNCE both ways, in nats, and the share of instants whose own partner is the nearest."""
         mel = self.mel(batch["audio"].mean(1))
         seen = self.encoder(batch["video"])
-        heard = self.sound_tower(mel)[:, : seen.shape[1]]
-        level = F.avg_pool1d(mel.mean(1, keepdim=True), 2)[:, 0, : seen.shape[1]]
+        heard = self.sound_tower(mel)
+        same = align(seen.shape[1], self.encoder.frame_rate, self.heard_rate).clamp(max=heard.shape[1] - 1).to(heard.device)
+        heard, level = heard[:, same], F.avg_pool1d(mel.mean(1, keepdim=True), 2)[:, 0, same]
         chance = (level - level.amin(1, keepdim=True)) ** self.preference + 0.05
         index = torch.multinomial(chance, self.instants).unsqueeze(-1).expand(-1, -1, seen.shape[2])
         seen, heard = seen.gather(1, index).flatten(0, 1), heard.gather(1, index).flatten(0, 1)
@@ -68,9 +70,9 @@ class Contrast(LightningModule):
         loss = (F.cross_entropy(alike, own) + F.cross_entropy(alike.T, own)) / 2
         return loss, (alike.argmax(1) == own).float().mean()
 
-    def training_step(self, batch: Batch | None, index: int) -> Tensor | None:
-        if batch is None:
-            return None
+    def training_step(self, batch: Batch | None, index: int) -> Tensor:
+        if batch is None:  # nothing could be read; other processes of a distributed run still wait for gradients
+            return torch.stack([p.sum() for p in self.parameters() if p.requires_grad]).sum() * 0.0
         loss, matched = self.loss(self._cut(batch))
         self.log_dict({"contrast/loss": loss, "contrast/matched": matched}, prog_bar=True)
         return loss

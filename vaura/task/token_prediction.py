@@ -10,6 +10,7 @@ from lightning import LightningModule
 from torch import Tensor, nn
 
 from vaura.data.clips import Batch
+from vaura.errors import InputError
 from vaura.lm.generation import Progress, generate_long
 from vaura.lm.llama import TokenLM
 from vaura.lm.sampling import Sampler
@@ -79,9 +80,9 @@ class TokenPrediction(LightningModule):
         condition = self.conditioner(features, codes.shape[2], drop)
         return self.lm.loss(codes, condition, given(codes))
 
-    def training_step(self, batch: Batch | None, index: int) -> Tensor | None:
-        if batch is None:
-            return None
+    def training_step(self, batch: Batch | None, index: int) -> Tensor:
+        if batch is None:  # nothing could be read; other processes of a distributed run still wait for gradients
+            return torch.stack([p.sum() for p in self.parameters() if p.requires_grad]).sum() * 0.0
         drop = torch.rand(len(batch["id"]), device=self.device) < self.drop_condition
         losses = self.losses(batch, self._hide, drop)
         self._log("train", losses, len(batch["id"]))
@@ -89,7 +90,15 @@ class TokenPrediction(LightningModule):
 
     def validation_step(self, batch: Batch | None, index: int) -> None:
         if batch is not None:
+            self.validated = True
             self._log("val", self.losses(batch, lambda codes: codes, None), len(batch["id"]))
+
+    def on_validation_epoch_start(self) -> None:
+        self.validated = False
+
+    def on_validation_epoch_end(self) -> None:
+        if not self.trainer.strategy.reduce_boolean_decision(self.validated, all=False):
+            raise InputError("none of the validation clips can be read, so nothing can be validated; see the warnings above")
 
     def configure_optimizers(self) -> Any:
         return self.optimizer_of(self, self.trainer.estimated_stepping_batches)
