@@ -60,10 +60,11 @@ def test_a_run_that_never_began_leaves_no_folder(refusal, name):
     assert not list(Path().glob("logs/*/*"))
 
 
-@pytest.mark.parametrize("folder", [".", "given", "logs/hello/job-5"])
+@pytest.mark.parametrize("folder", [".", "given", "logs/hello/job-5-0"])
 def test_a_folder_that_was_there_before_the_run_stays(refusal, tmp_path, monkeypatch, folder):
     """Though it holds nothing but the records of a run that never began."""
     monkeypatch.setenv("SLURM_JOB_ID", "5")
+    monkeypatch.setenv("SLURM_NTASKS", "2")
     there = tmp_path / "elsewhere" / folder
     there.mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "elsewhere")

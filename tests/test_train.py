@@ -15,6 +15,8 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from vaura.command import is_follower, translate
+from vaura.config import compose
+from vaura.data.clips import ClipDataset
 from vaura.launch import run
 from vaura.media.mux import write_video
 from vaura.run_folder import start_time
@@ -462,3 +464,33 @@ def test_a_folder_that_cannot_be_written(fixed, tmp_path, capsys):
 def test_what_the_house_decides_is_not_for_the_config(fixed, tmp_path, capsys):
     said = refused(capsys, *fixed, "+trainer.logger=false", f"hydra.run.dir={tmp_path}")
     assert said.startswith("error: trainer.logger ")
+
+
+@pytest.mark.parametrize("change", ["trainer.precision=bf16mixed", "trainer.strategy=dpp", "trainer.val_check_interval=0.5"])
+def test_a_trainer_that_will_not_do_is_refused_before_the_first_stage(fixed, tmp_path, capsys, change):
+    said = refused(capsys, *fixed, change, f"hydra.run.dir={tmp_path / 'run'}")
+    assert "the trainer's settings will not do" in said
+    assert not (tmp_path / "run" / "tokenizer.safetensors").exists()
+
+
+def test_validation_clips_of_which_none_can_be_read(tmp_path, capsys, monkeypatch):
+    for number, split in enumerate(["train"] * 3 + ["val"]):
+        clip(tmp_path / "clips" / split / f"clip_{number}.mp4", number)
+    broken = (tmp_path / "clips" / "val").glob("*.mp4")
+    real = ClipDataset.__getitem__
+    blind = set(broken)
+
+    def getitem(self, key):
+        return None if self.clips[key[1]].video in blind else real(self, key)
+
+    monkeypatch.setattr(ClipDataset, "__getitem__", getitem)
+    folder = [f"data.data_dir={tmp_path / 'clips'}", f"hydra.run.dir={tmp_path / 'run'}", "logging.preview_clips=0"]
+    assert "none of the validation clips can be read" in refused(capsys, TRAIN, *TINY.split(), ONE, *folder)
+
+
+def test_both_trainers_run_on_the_same_machines():
+    config = compose(
+        REPOSITORY / "configs" / "train.yaml", ["trainer.num_nodes=2", "trainer.devices=4", "trainer.strategy=ddp"]
+    )
+    for key in ("num_nodes", "devices", "strategy", "accelerator"):
+        assert config.contrast.trainer[key] == config.trainer[key]

@@ -74,7 +74,7 @@ def test_a_file_is_fetched_once(server, tmp_path, digits):
 
 def test_the_cache_follows_the_environment(monkeypatch, server, tmp_path):
     monkeypatch.setenv("VAURA_CACHE", str(tmp_path / "cache"))
-    assert fetch(server.url, SHA256).parent == tmp_path / "cache"
+    assert fetch(server.url, SHA256).parent == tmp_path / "cache" / "weights"
     monkeypatch.delenv("VAURA_CACHE")
     assert cache_folder() == Path.home() / ".cache" / "vaura" / "weights"
 

@@ -91,7 +91,6 @@ def walk(config: DictConfig, folder: Path) -> None:
             fit_tokenizer(task, data, folder / experiment.TOKENIZER, config.seed)
     with timed(folder, "encoder"):
         if not getattr(task.encoder, "learnt", True):
-            torch.manual_seed(seed_of(config.seed, "contrast"))  # whatever was drawn before, in this run or in an earlier one
             teach_encoder(config, task, data, folder)
     with timed(folder, "tokenise"):
         data.tokens = {split: tokenise(task, data, split, folder / "tokens") for split in ("train", "val")}
@@ -124,13 +123,17 @@ def plan(config: DictConfig) -> tuple[World, dict[str, range], Path]:
 
 
 def check_data(config: DictConfig, world: World, home: Path) -> None:
-    """Raise InputError where a person's own clips are given, or longer ones asked for: the quickstart makes its data."""
+    """Raise InputError where a person's own clips are given, longer ones asked for, or several processes."""
     for key, given in (("data_dir", config.data.get("data_dir")), ("manifest", config.data.get("manifest"))):
         if given and not (key == "manifest" and Path(given).parent.name == home.name):  # which a saved config names
             raise InputError(
                 f"the quickstart learns from the world it makes, not from data.{key}={given}; set that to null, "
                 "or learn from it with config=configs/train.yaml"
             )
+    if config.trainer.devices != 1 or config.trainer.num_nodes != 1:
+        raise InputError(
+            "the quickstart is one process: set trainer.devices=1, or train on several with config=configs/train.yaml"
+        )
     if config.data.duration > world.duration:
         raise InputError(
             f"data.duration={config.data.duration:g} is longer than the world's clips of {world.duration:g} s; lower it"
@@ -204,7 +207,7 @@ def generate(config: DictConfig, folder: Path, clips: list[Clip]) -> dict[str, l
     """
     settings = config.generation
     samples = {kind: [folder / "samples" / kind / f"{clip.id}.mp4" for clip in clips] for kind in ("own", "other")}
-    model = VideoToAudio(folder, device="cpu")
+    model = VideoToAudio(folder, device="cpu" if config.trainer.accelerator == "cpu" else "auto")
     how = How(instantiate(settings.sampler), settings.guidance, model.how.window, model.how.stride, config.seed)
     forget_others(folder, {"checkpoint": experiment.best_checkpoint(folder).name, "how": repr(how)}, samples)
     if all(map(is_whole, chain(*samples.values()))):

@@ -102,8 +102,8 @@ def fit_tokenizer(task: TokenPrediction, data: VideoData, path: Path, seed: int)
     """Fit on the sound of the training clips; one process does it, the others wait for its file."""
     tokenizer = cast(Any, task.tokenizer)  # one with `fitted` also has fit, save and load
     if rank_zero_only.rank == 0:
-        sounds = (item["audio"] for item in track(data.items("train"), "listen to the clips", len(data.clips["train"])))
-        tokenizer.fit(sounds, seed=seed_of(seed, "tokenizer") % 2**31)
+        items = track(data.items("train"), "read the sounds", len(data.clips["train"]))
+        tokenizer.fit([item["audio"] for item in items], seed=seed_of(seed, "tokenizer") % 2**31)
         tokenizer.save(path)
     else:
         while not path.is_file():

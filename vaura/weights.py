@@ -1,4 +1,4 @@
-"""Published files, fetched once: kept in $VAURA_CACHE or ~/.cache/vaura/weights, checked against their sha256."""
+"""Published files, fetched once: kept in $VAURA_CACHE/weights or ~/.cache/vaura/weights, checked against their sha256."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ def fetch(url: str, sha256: str, folder: Path | None = None) -> Path:
 
 
 def cache_folder() -> Path:
-    """$VAURA_CACHE, or ~/.cache/vaura/weights."""
-    return Path(os.environ.get("VAURA_CACHE") or "~/.cache/vaura/weights").expanduser()
+    """$VAURA_CACHE/weights, or ~/.cache/vaura/weights."""
+    return Path(os.environ.get("VAURA_CACHE") or "~/.cache/vaura").expanduser() / "weights"
 
 
 def _checked(file: Path, path: Path, url: str, sha256: str) -> Path:

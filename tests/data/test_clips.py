@@ -230,3 +230,11 @@ def test_a_pass_that_was_broken_off_is_not_taken_up_again():
     whole = token_loader()
     epochs = [ids(whole) for _ in range(2)]
     assert ids(loader) == epochs[1]
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="open files are counted in /proc")
+def test_kept_clips_hold_no_open_files(clip):
+    dataset = reader([clip] * 40, duration=0.2)
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    dataset.keep_all(workers=2)
+    assert len(list(Path("/proc/self/fd").iterdir())) < before + 40

@@ -223,3 +223,10 @@ def test_shapes_that_do_not_fit_are_told(settings):
 def test_a_model_that_reads_a_condition_wants_one():
     with pytest.raises(ValueError, match="width 8"):
         make()(some_codes(), Condition())
+
+
+def test_only_a_delay_has_steps_past_the_last_frame():
+    """A parameter that no step reads would stop distributed training."""
+    settings = {"num_codebooks": 2, "codebook_size": 8, "num_layers": 1, "dim": 16, "num_heads": 2, "channels": 4}
+    assert TokenLM(pattern="parallel", **settings).after_end is None
+    assert TokenLM(pattern="delay", **settings).after_end is not None

@@ -295,3 +295,18 @@ def test_impossible_spans(tmp_path, span):
     path = write_clip(tmp_path / "clip.mp4", regular(5, 25))
     with pytest.raises(InputError, match=r"clip\.mp4"):
         read_video(path, *span)
+
+
+def test_tags_in_another_encoding_do_not_matter(tmp_path):
+    path = tmp_path / "latin.mp4"
+    with av.open(str(path), "w") as file:
+        file.metadata["title"] = "caf\u00e9s"
+        stream = file.add_stream("libx264", rate=25)
+        stream.width = stream.height = 32
+        stream.pix_fmt = "yuv420p"
+        for packet in (*stream.encode(av.VideoFrame(32, 32, "yuv420p")), *stream.encode()):
+            file.mux(packet)
+    utf8 = path.read_bytes()
+    assert utf8.count("caf\u00e9s".encode()) == 1
+    path.write_bytes(utf8.replace("caf\u00e9s".encode(), b"caf\xe9s!"))
+    assert probe(path).width == 32

@@ -159,10 +159,11 @@ def test_without_a_file_the_published_one_comes_from_the_cache(package, monkeypa
     published = encodec.Published(f"encodec_24khz-{digest[:8]}.th", 24_000, 1, (6,))
     monkeypatch.setitem(PUBLISHED, "24khz", published)
     monkeypatch.setenv("VAURA_CACHE", str(tmp_path))
-    (tmp_path / published.file).write_bytes(path.read_bytes())
+    (tmp_path / "weights").mkdir()
+    (tmp_path / "weights" / published.file).write_bytes(path.read_bytes())
     wav = sound(1, 3200)
     assert torch.equal(EnCodec("24khz", 6).encode(wav), EnCodec("24khz", 6, str(path)).encode(wav))
-    (tmp_path / published.file).write_bytes(path.read_bytes() + b"0")
+    (tmp_path / "weights" / published.file).write_bytes(path.read_bytes() + b"0")
     with pytest.raises(InputError, match="delete it and run again"):
         EnCodec("24khz", 6)
 
