@@ -55,6 +55,17 @@ def test_the_same_sound_written_anew_is_near(world, tmp_path):
     assert metrics["log_spectral_distance_db"] < 4
 
 
+@pytest.mark.parametrize("known", [True, False], ids=["manifest", "folder"])
+def test_samples_that_begin_later_are_held_against_what_is_heard_there(world, tmp_path, known):
+    (samples := tmp_path / "samples").mkdir()
+    for clip in read_manifest(world):
+        wav = read_audio(clip.video, 0.5, 1.5)
+        replace_sound(clip.video, samples / f"{clip.id}.mp4", wav, 16_000, start=0.5, duration=1.5)
+    originals = world if known else world.parent
+    assert evaluate(samples, originals, "start=0.5")["onset_f1"] > 0.95
+    assert evaluate(samples, originals)["onset_f1"] < 0.5
+
+
 def test_silence_scores_nothing(world, tmp_path):
     metrics = evaluate(dub(world, tmp_path / "samples", torch.zeros_like), world)
     assert (metrics["onset_f1"], metrics["onset_precision"], metrics["onset_recall"], metrics["silent"]) == (0, 0, 0, 8)

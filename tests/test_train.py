@@ -261,7 +261,7 @@ def wait_for(happened: Callable[[], bool], seconds: float = 90.0) -> None:
 
 
 def test_a_run_says_nothing_but_its_progress(first):
-    titles = "look at the videos|listen to the clips|listening|fitting codebooks|teach the encoder|train the token LM"
+    titles = "look at the videos|read the sounds|listening|fitting codebooks|teach the encoder|train the token LM"
     lines = first.stderr.splitlines()
     assert [line for line in lines if not line.startswith(tuple(f"{title}:" for title in titles.split("|")))] == []
     assert first.stdout.startswith("experiment: ")

@@ -91,6 +91,7 @@ class EvaluateRun:
     out: str | None = None  # the file of the metrics; none writes metrics.json beside the samples
     threshold: float = 0.15  # of an onset, share of 20 dB
     tolerance: float = 0.05  # seconds between an onset and its truth
+    start: float = 0.0  # seconds into the originals at which the samples begin
 
 
 SCHEMAS: dict[str, type] = {

@@ -102,7 +102,7 @@ def evaluate(config: DictConfig) -> Path:
     heard: list[Heard] = []
     for sample, clip in track(pairs, "listen to the samples", len(pairs)):
         try:
-            heard.append(hear(sample, clip))
+            heard.append(hear(sample, clip, config.start))
         except InputError as error:
             left_out.append(str(error))
     if not heard:
@@ -128,13 +128,13 @@ class Heard:
     impacts: list[float] | None
 
 
-def hear(sample: Path, clip: Clip) -> Heard:
-    """Listen to a sample and to as much of its original. Raises InputError where either cannot be read."""
+def hear(sample: Path, clip: Clip, start: float) -> Heard:
+    """Listen to a sample and to as much of its original, from `start` on. Raises InputError where either cannot be read."""
     wav = listen(sample)
     lasts = len(wav) / SAMPLE_RATE
-    truth = listen(clip.video, replace(clip, duration=lasts))
+    truth = listen(clip.video, replace(clip, start=clip.start + start, duration=lasts))
     impacts = impact_times(clip)
-    return Heard(wav, truth, None if impacts is None else [time for time in impacts if time < lasts])
+    return Heard(wav, truth, None if impacts is None else [time - start for time in impacts if start <= time < start + lasts])
 
 
 def compare(heard: Sequence[Heard], judge: Judge) -> dict[str, Any]:

@@ -29,12 +29,13 @@ def run(argv: Sequence[str], configs: Path = CONFIGS) -> int:
     A defect of ours leaves as the exception it is.
     """
     os.environ["HYDRA_FULL_ERROR"] = "1"  # lets Hydra raise what it would print
-    run_folder.begin()
     try:
         if {"-h", "--help"} & set(argv) and not any(word.startswith("config=") for word in argv):
             print(f"usage: python main.py config=PATH [key=value ...] [--cfg job] [--multirun]\n{list_configs(configs)}")
             return 0
-        _launch(translate(argv, configs))
+        command = translate(argv, configs)
+        run_folder.begin(command.arguments)
+        _launch(command)
     except InputError as error:
         return _refuse(error)
     except KeyboardInterrupt as stop:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 
@@ -25,10 +26,13 @@ _chosen: dict[str, str] = {}  # parent -> the folder below it in which the same 
 _new: set[Path] = set()  # folders that were not there when they were named
 
 
-def begin() -> None:
-    """A command line begins: no folder is named yet."""
+def begin(arguments: Sequence[str]) -> None:
+    """A command line begins: no folder is named yet but the one it names itself."""
     _chosen.clear()
     _new.clear()
+    for word in arguments:
+        if word.startswith("hydra.run.dir="):
+            _named(word.partition("=")[2])
 
 
 def forget() -> None:
