@@ -8,22 +8,24 @@ import sys
 import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from vaura.command import CONFIGS
 from vaura.config import VERBS
 from vaura.data.world import World, build
+from vaura.encoder import avclip
 from vaura.launch import run
 from vaura.run_folder import run_dir
+from vaura.tokenizer import dac_network
 
 TINY = """
     lm.num_layers=1 lm.dim=32 lm.num_heads=2 lm.channels=16 encoder.dim=16 encoder.width=8 encoder.size=32
     contrast.trainer.max_steps=2 contrast.batch_size=2 contrast.task.crop=0.32 contrast.task.instants=4
-    tokenizer.codebook_size=16 tokenizer.num_codebooks=2 task.optimizer.lr=0.03 task.optimizer.warmup=1
+    tokenizer.codebook_size=16 tokenizer.num_codebooks=2 task.optimizer.lr=0.03 task.optimizer.schedule.warmup=1
     trainer.max_steps=12 trainer.val_check_interval=6 trainer.accelerator=cpu
     data.duration=0.64 data.batch_size=2 data.workers=0 logging.preview_clips=0
 """
@@ -56,6 +58,14 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
     assert run(["config=train", f"data.manifest={manifest}", f"hydra.run.dir={folder}", *TINY.split()]) == 0
     torch.set_num_threads(threads)
     return Tiny(folder, manifest)
+
+
+@pytest.fixture(scope="session")
+def world_video(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A video of 3 s with sound, 64 pixels a side."""
+    manifest = build(tmp_path_factory.mktemp("video"), {"train": range(1)}, World(size=64, duration=3.0), workers=1)
+    (video,) = manifest.parent.rglob("*.mp4")
+    return video
 
 
 # --- the command line in-process ---
@@ -142,3 +152,97 @@ def refusal(configs, capsys) -> Callable[..., str]:
         return err.removeprefix("error: ").rstrip("\n")
 
     return refuse
+
+
+# --- an experiment of V-AURA's own ---
+
+
+class Original(NamedTuple):
+    """What V-AURA's training left behind, in small: its folder, and the files of the frozen parts on their own."""
+
+    folder: Path
+    checkpoint: Path
+    avclip: Path
+    dac: Path
+
+
+@pytest.fixture(scope="session")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Original:
+    """A token LM of 24 channels, a DAC of 512 samples a token frame and a tower that sees 32 pixels, all by chance."""
+    root, generator = tmp_path_factory.mktemp("original"), torch.Generator().manual_seed(0)
+
+    def chance(shapes: dict[str, torch.Size]) -> dict[str, torch.Tensor]:
+        return {key: torch.randn(shape, generator=generator) * 0.1 for key, shape in shapes.items()}
+
+    def shapes_of(module: torch.nn.Module) -> dict[str, torch.Size]:
+        return {key: value.shape for key, value in module.state_dict().items()}
+
+    sizes = avclip.Sizes(width=64, depth=1, hidden=64, pooled_hidden=64, patches=4)
+    tower = chance(shapes_of(avclip.Tower(sizes)))
+    codec = dac_network.Sizes(encoder_dim=4, latent_dim=16, decoder_dim=16, num_codebooks=3, codebook_size=16)
+    plain = chance(shapes_of(dac_network.Codec(codec)))
+    normed = {}
+    for key, value in plain.items():  # as old weight normalisation wrote them
+        if key.endswith(".weight") and value.ndim == 3:
+            normed[f"{key}_v"], normed[f"{key}_g"] = value, value.flatten(1).norm(dim=1).view(-1, 1, 1)
+        else:
+            normed[key] = value
+    shapes: dict[str, Any] = {
+        "empty_video_emb": (1, 1, 8),
+        "cls_embeddings.uncond_embedding": (32, 64),
+        "cls_embeddings.projection.fc1.weight": (8, 64),
+        "cls_embeddings.projection.fc2.weight": (8, 8),
+        "layers.0.attention.wqkv.weight": (72, 24),
+        "layers.0.attention.wo.weight": (24, 24),
+        "layers.0.feed_forward.w1.weight": (256, 24),
+        "layers.0.feed_forward.w3.weight": (256, 24),
+        "layers.0.feed_forward.w2.weight": (24, 256),
+        "layers.0.attention_norm.weight": (24,),
+        "layers.0.ffn_norm.weight": (24,),
+        "norm.weight": (24,),
+    }
+    for k in range(3):
+        shapes[f"lm_heads.{k}.weight"] = (16, 24)
+        shapes[f"tok_embeddings.{k}.emb.weight"] = (17, 8)
+        for part, shape in (("weight_g", (16, 1, 1)), ("weight_v", (16, 8, 1)), ("bias", (16,))):
+            shapes[f"tok_embeddings.{k}.out_proj.{part}"] = shape
+    state = {f"sampler.{key}": value for key, value in chance(shapes).items()}
+    state |= {f"visual_feature_extractor.{key}": value for key, value in tower.items()}
+    state |= {f"audio_encoder.model.{key}": value.half() for key, value in normed.items()}
+
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(2))])
+    settings = {
+        "learning_rate": 1e-3,
+        "lr_scheduler": {"target": "models.modules.misc.lr_schedulers.CosineLRScheduler", "params": {"warmup_steps": 2}},
+        "weight_decay": 1e-5,
+        "betas": [0.9, 0.95],
+        "feature_extractor_config": {
+            "target": "models.modules.feature_extractors.avclip.motionformer.MotionFormer",
+            "params": {"ckpt_path": "/not/here/epoch_best.pt"},
+        },
+        "audio_encoder_config": {"target": "models.modules.dac.model.DacModelWrapper", "params": {"model_sr": 44100}},
+        "sampler_config": {
+            "target": "models.modules.sampler.llama.Transformer",
+            "params": {"num_layers": 1, "d_model": 24, "nhead": 2, "cond_feature_channel_scaler": 3, "num_codebooks": 3},
+        },
+        "pattern_provider_config": {"target": "models.modules.misc.codebook_patterns.DelayedPatternProvider"},
+    }
+    hyper = {key: OmegaConf.create(value) if isinstance(value, dict | list) else value for key, value in settings.items()}
+    hyper["lr_scheduler"].params = OmegaConf.create({"optimizer": None}, flags={"allow_objects": True})
+    hyper["lr_scheduler"].params.optimizer = optimizer
+    lightning = {"epoch": 0, "global_step": 2, "loops": {}, "callbacks": {}, "optimizer_states": [optimizer.state_dict()]}
+
+    folder = root / "24-08-01T08-34-26"
+    (folder / "checkpoints").mkdir(parents=True)
+    (folder / "vgg-9cb").mkdir()
+    best = folder / "checkpoints/epoch=0-step=2-val_loss=4.483.ckpt"
+    torch.save({**lightning, "state_dict": state, "hyper_parameters": hyper}, best)
+    worse = {key: torch.zeros_like(value) for key, value in state.items()}
+    for name in ("epoch=0-step=1-val_loss=4.569-v1.ckpt", "last.ckpt"):
+        torch.save({**lightning, "state_dict": worse, "hyper_parameters": hyper}, folder / "checkpoints" / name)
+    (folder / "vgg-9cb/hparams.yaml").write_text(OmegaConf.to_yaml(settings))
+
+    synchformer = {f"module.v_encoder.{key}": value for key, value in tower.items()} | {"module.logit_scale": torch.zeros(())}
+    torch.save({"state_dict": synchformer, "epoch": 3, "args": OmegaConf.create({"a": [1]})}, root / "epoch_best.pt")
+    torch.save({"state_dict": normed, "metadata": {"kwargs": {"sample_rate": 44100}}}, root / "weights.pth")
+    return Original(folder, best, root / "epoch_best.pt", root / "weights.pth")

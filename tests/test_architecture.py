@@ -18,9 +18,9 @@ FLOORS = {
         *("protocols", "timing", "errors", "files", "progress", "seeds"),
         *("launch", "command", "config", "components", "refusals", "run_folder"),  # from a command line to its verb
     ),
-    1: ("media", "weights"),
+    1: ("media", "weights", "checkpoint"),
     2: ("tokenizer", "vocoder", "encoder", "conditioner", "lm", "metric", "data"),
-    3: ("task",),
+    3: ("task", "published"),
     4: ("experiment",),
     5: ("train", "generate", "evaluate", "prepare", "serve", "report"),
     6: ("quickstart",),

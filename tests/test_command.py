@@ -27,7 +27,7 @@ def test_published_spellings(configs, seen):
     given = ["experiment_path=e", "video=v", "cfg_scale=6", "overridden_hparams.feature_extractor_config.params.ckpt_path=x.pt"]
     assert run(["config=generate", *given], configs) == 0
     assert seen[1].cfg.guidance == 6
-    assert seen[1].cfg.overridden_hparams == {"feature_extractor_config": {"params": {"ckpt_path": "x.pt"}}}
+    assert seen[1].cfg.overridden_hparams == {"encoder": {"weights": "x.pt"}}
 
 
 def test_no_config_lists_those_there_are(refusal):
@@ -37,3 +37,42 @@ def test_no_config_lists_those_there_are(refusal):
     assert told["configs/train.yaml"] == "trains a small thing"
     assert told["configs/experiments/system/main.yaml"] == "the published one"
     assert not any("house" in line or "lm/" in line for line in listed)
+
+
+def test_a_value_with_an_equals_sign_reaches_hydra(configs, seen):
+    """As checkpoints are called."""
+    (configs / "generate.yaml").write_text("defaults: [{schema: generate}, house, _self_]\nsampler: null\n")
+    given = ["experiment_path=e", "video=v", "checkpoint=e/checkpoints/epoch=1-step=2-val_loss=2.7.ckpt"]
+    assert run(["config=generate", *given], configs) == 0
+    assert seen[0].cfg.checkpoint == "e/checkpoints/epoch=1-step=2-val_loss=2.7.ckpt"
+
+
+def test_what_only_generation_spells_otherwise(configs, seen):
+    (configs / "generate.yaml").write_text("defaults: [{schema: generate}, house, _self_]\nsampler: null\n")
+    (configs / "generate_set.yaml").write_text("defaults: [generate, _self_]\nout_path: set\n")
+    for name in ("generate", "generate_set"):
+        assert run([f"config={name}", "experiment_path=e", "video=v", "dataloader.batch_size=3"], configs) == 0
+        assert seen[-1].cfg.batch_size == 3
+
+
+@pytest.mark.parametrize(
+    "word", ["vfps=25", "model.name=x", "dataloader.pin_memory=true", "overridden_hparams.flatten_vis_feats=1"]
+)
+def test_a_published_key_that_says_nothing_here_is_told(refusal, word):
+    told = refusal("config=train", word)
+    assert "is a key of V-AURA's that says nothing here: " in told
+    assert told.endswith("; remove it")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "hydra: {callbacks: {a: {_target_: logging.FileHandler, filename: harm}}}",
+        "hydra: {job_logging: {handlers: {a: {(): logging.FileHandler, filename: harm}}}}",
+        "defaults: [{override hydra/launcher: joblib}, _self_]",
+    ],
+)
+def test_a_strangers_config_tells_hydra_only_where_to_write(refusal, tmp_path, text):
+    (tmp_path / "stranger.yaml").write_text(text)
+    assert "tells Hydra" in refusal(f"config={tmp_path}/stranger.yaml")
+    assert not (tmp_path / "harm").exists()

@@ -7,7 +7,7 @@ import hydra
 import pytest
 from omegaconf import OmegaConf
 
-from vaura.components import check_components
+from vaura.components import check_components, instantiate
 from vaura.errors import InputError
 
 
@@ -24,7 +24,10 @@ def optimizer(params, *, lr: float, **extra):
 def parts(monkeypatch):
     room = types.ModuleType("fake_room")
     room.Codec, room.optimizer = Codec, optimizer
+    for part in (Codec, optimizer):
+        monkeypatch.setattr(part, "__module__", "fake_room")
     monkeypatch.setitem(sys.modules, "fake_room", room)
+    monkeypatch.setenv("VAURA_TARGETS", "fake_room, fractions")
 
 
 GOOD = [
@@ -46,8 +49,8 @@ BAD = [
         "a._target_ is 'fake_room.Codek', which does not exist: no 'fake_room.Codek'. Did you mean 'fake_room.Codec'?",
     ),
     (
-        {"_target_": "json.decodr.JSONDecoder"},
-        "a._target_ is 'json.decodr.JSONDecoder', which does not exist: no 'json.decodr'. Did you mean 'json.decoder'?",
+        {"_target_": "vaura.lm.lama.TokenLM"},
+        "a._target_ is 'vaura.lm.lama.TokenLM', which does not exist: no 'vaura.lm.lama'. Did you mean 'vaura.lm.llama'?",
     ),
 ]
 
@@ -92,3 +95,90 @@ def test_components_are_found_at_any_depth_and_references_followed(parts):
     cfg = OmegaConf.create({"a": {"_target_": "fake_room.Codec"}, "b": {"_target_": "fake_room.Codec", "rate": "???"}})
     check_components(cfg, supplied={"a": {"rate"}})
     check_components(cfg, complete=False)
+
+
+# --- what a stranger's config may not run ---
+
+FORBIDDEN = [
+    "os.system",
+    "builtins.eval",
+    "subprocess.Popen",
+    "torch.load",
+    "torch.hub.load",
+    "torch.package.PackageImporter",
+    "lightning.pytorch.cli.instantiate_class",
+    "lightning.pytorch.cli.LightningCLI",
+    "lightning.LightningModule.load_from_checkpoint",
+    "hydra.utils.call",
+    "vaura.launch.run",
+    "vaura.weights.fetch",
+    "vauras.lm.llama.TokenLM",  # a name that begins alike
+    # what is reached through an allowed module but is not its own
+    "vaura.data.clips.warnings.os.system",
+    "vaura.tokenizer.encodec.Path",
+    "vaura.task.contrast.LightningModule.load_from_checkpoint",
+    "vaura.task.token_prediction.TokenPrediction.load_from_checkpoint",
+    "lightning.pytorch.callbacks.model_checkpoint.os.system",
+    "lightning.pytorch.callbacks.model_checkpoint.shutil.rmtree",
+    "torch.nn.modules.module.torch.load",
+    "torch.nn.Linear.__init__",
+    "torch.nn.Module.__init__.__globals__",
+    # functions of our own: a component is a class
+    "vaura.media.audio.write_wav",
+    "vaura.data.world.build",
+    "torch.nn.init.zeros_",
+]
+ALLOWED = [
+    {"_target_": "torch.nn.Identity"},
+    {"_target_": "torch.nn.Linear", "in_features": 2, "out_features": 3},
+    {"_target_": "vaura.lm.sampling.Sampler", "temperature": 0.5},
+    {"_target_": "lightning.Trainer", "max_steps": 1, "logger": False, "accelerator": "cpu"},
+    {"_target_": "lightning.pytorch.callbacks.EarlyStopping", "monitor": "val/loss"},
+]
+
+
+@pytest.mark.parametrize("target", FORBIDDEN)
+@pytest.mark.parametrize("plain", [True, False])
+def test_what_a_config_cannot_run_is_neither_checked_nor_built(target, plain):
+    node = {"fine": {"_target_": "torch.nn.Identity"}, "deep": [{"_target_": target}]}
+    for build in (check_components, instantiate):
+        with pytest.raises(
+            InputError, match=rf"^deep\.0\._target_ is '{target}', which a config cannot run: .* VAURA_TARGETS$"
+        ):
+            build(node if plain and build is instantiate else OmegaConf.create(node))
+
+
+@pytest.mark.parametrize("node", ALLOWED)
+def test_what_a_config_can_run(node):
+    check_components(OmegaConf.create({"a": node}))
+    assert type(instantiate(OmegaConf.create(node))).__name__ == node["_target_"].rpartition(".")[2]
+
+
+def test_a_forbidden_module_is_not_even_imported(tmp_path, monkeypatch):
+    (tmp_path / "stranger.py").write_text("raise RuntimeError('was run')\nclass Codec: pass\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(InputError, match="cannot run"):
+        instantiate({"_target_": "stranger.Codec"})
+    monkeypatch.setenv("VAURA_TARGETS", "stranger")
+    with pytest.raises(RuntimeError, match="was run"):
+        check_components(OmegaConf.create({"a": {"_target_": "stranger.Codec"}}))
+
+
+def test_a_reference_is_no_way_round():
+    cfg = OmegaConf.create({"hidden": {"_target_": "os.system", "command": "true"}, "task": {"codec": "${hidden}"}})
+    with pytest.raises(InputError, match=r"^codec\._target_ is 'os.system'"):
+        instantiate(cfg.task)
+    cfg = OmegaConf.create({"name": "os.system", "task": {"_target_": "${name}"}})
+    with pytest.raises(InputError, match=r"^_target_ is 'os.system'"):
+        instantiate(cfg.task)
+
+
+def test_a_package_of_ones_own_is_named_in_the_environment(parts, monkeypatch):
+    node = {"_target_": "fake_room.Codec", "rate": 3}
+    assert instantiate(node).given[0] == 3
+    monkeypatch.setenv("VAURA_TARGETS", "fake_room.inner,fake")
+    with pytest.raises(InputError, match="cannot run"):
+        instantiate(node)
+    monkeypatch.delenv("VAURA_TARGETS")
+    with pytest.raises(InputError, match="cannot run"):
+        instantiate(node)

@@ -51,8 +51,8 @@ def test_every_token_frame_sees_the_feature_of_its_own_instant(seconds, feature_
 
 
 def test_a_late_window_of_the_condition_is_the_same_span():
-    condition = ruler(25, 75)(numbered(70 * 25), 70 * 75)
-    window = condition.window(65 * 75, 66 * 75)
+    window = ruler(25, 75)(numbered(70 * 25), 75, start=65 * 75)
+    assert window.start == 65 * 75
     assert torch.equal(window.channel[0, :, 0] - FAR, torch.arange(65 * 25, 66 * 25).repeat_interleave(3).float())
 
 

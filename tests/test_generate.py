@@ -15,6 +15,7 @@ from vaura.errors import InputError
 from vaura.generate import How, VideoToAudio, batches, find_clips, new_folder, open_clip, pick_device
 from vaura.launch import run
 from vaura.lm.sampling import Sampler
+from vaura.media.audio import read_audio
 from vaura.media.mux import write_video
 from vaura.timing import align
 
@@ -261,7 +262,7 @@ def test_guidance_window_and_stride_reach_the_lm(model, tiny, monkeypatch):
     plain = model.generate(tiny.videos[0], 1.2)
     one = model.generate(tiny.videos[0], 1.2, guidance=1.0)
     narrow = model.generate(tiny.videos[0], 1.2, window=0.4)
-    assert [(how["guidance"], how["window"], how["stride"]) for how in seen] == [
+    assert [(how["guidance"].scale, how["window"], how["stride"]) for how in seen] == [
         (3, 0.64, 0.32),
         (1, 0.64, 0.32),
         (3, 0.4, 0.2),
@@ -471,10 +472,10 @@ def test_a_picture_damaged_behind_its_beginning_is_told_once(tiny, tmp_path, cap
         film(films / f"{name}.mp4", 0.4)
     original = vaura.generate.read_video
 
-    def damaged(path, *args):
+    def damaged(path, *args, **how):
         if path.stem == "a":
             raise InputError(f"{path} is damaged at 0.20 s")
-        return original(path, *args)
+        return original(path, *args, **how)
 
     monkeypatch.setattr(vaura.generate, "read_video", damaged)
     assert command(tiny, films, "samples_per_video=3", "batch_size=2", f"out={tmp_path}/out") == 2
@@ -517,7 +518,7 @@ def test_after_90_seconds_a_feature_still_meets_its_token_frame(model, tmp_path,
     write_video(tmp_path / "long.mp4", frames, 30.0, preset="ultrafast")
 
     class Brightness(torch.nn.Module):
-        dim, fps, frame_rate, size, context = 1, 25.0, 50.0, 16, 0.0
+        dim, fps, frame_rate, size, resize, segment, context = 1, 25.0, 50.0, 16, 16, 1, 0.0
 
         def forward(self, video):
             assert video.shape[1] <= vaura.generate.PIECE
@@ -543,3 +544,89 @@ def test_batches_hold_every_sample_once_and_one_length(model):
         assert len({clip.duration for clip, _ in batch}) == 1
         assert len(batch) <= 4
     assert len(grouped) == 3 + 3 + 3
+
+
+# --- what sounds begin with, and at what level they end ---
+
+
+def test_a_sound_goes_on_from_the_clips_own_beginning(tiny, model, tmp_path):
+    """Each clip of a batch from its own, as far as the tokenizer keeps it."""
+    films = tmp_path / "films"
+    films.mkdir()
+    for video in tiny.videos[:2]:
+        (films / video.name).symlink_to(video)
+    assert command(tiny, films, "prepend_gt_audio=true", "prompt_duration=0.64", f"out={tmp_path}/out") == 0
+    tokenizer = model.task.tokenizer
+    begun = []
+    for video in tiny.videos[:2]:
+        wav, _ = soundfile.read(tmp_path / f"out/{video.stem}.wav", dtype="float32")
+        own = tokenizer.decode(tokenizer.encode(read_audio(video, 0.0, 0.64, RATE, 1)[None]))[0, 0].numpy()
+        sure = len(own) - 3200  # what follows reaches back through the vocoder's overlapping windows
+        assert np.corrcoef(wav[:sure], own[:sure])[0, 1] > 0.99
+        begun.append(own[:sure])
+    assert np.corrcoef(*begun)[0, 1] < 0.5
+
+
+def test_a_prompt_that_is_removed_takes_its_picture_along(tiny, tmp_path):
+    video, length = tiny.videos[0], 16_000 * 1.92
+    own = ["prepend_gt_audio=true", "prompt_duration=0.5"]
+    for name, more in (("kept", []), ("removed", ["remove_prompts=true"])):
+        assert command(tiny, video, *own, *more, f"out={tmp_path}/{name}") == 0
+    kept, removed = (soundfile.read(tmp_path / f"{name}/{video.stem}.wav")[0] for name in ("kept", "removed"))
+    assert len(kept) == length
+    assert np.array_equal(removed, kept[8000:])
+    assert vaura.media.video.probe(tmp_path / f"removed/{video.stem}.mp4").duration == pytest.approx(1.42, abs=0.05)
+
+
+def test_two_ways_to_begin_are_one_too_many(tiny, tmp_path, capsys):
+    asked = ["prepend_gt_audio=true", f"prompt={tiny.videos[1]}", f"out={tmp_path}/out"]
+    assert command(tiny, tiny.videos[0], *asked) == 2
+    assert "give one of the two" in capsys.readouterr().err
+    assert command(tiny, tiny.videos[0], "prepend_gt_audio=true", "prompt_duration=0", f"out={tmp_path}/out") == 2
+    assert "prompt_duration=0 is no length" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("word", "told"),
+    [
+        ("loop=windws", "loop=windws is none of windows, rolling, published. Did you mean 'windows'?"),
+        ("normalize=peek", "normalize=peek is none of limit, lufs, clip, peak, rms, loudness. Did you mean 'peak'?"),
+        ("guidance_shape=liner", "guidance_shape=liner is none of linear, cosine. Did you mean 'linear'?"),
+        ("guidance_end=-1", "guidance_end=-1 is no scale"),
+    ],
+)
+def test_a_word_that_says_nothing_is_refused(tiny, tmp_path, capsys, word, told):
+    assert command(tiny, tiny.videos[0], word, f"out={tmp_path}/out") == 2
+    assert told in capsys.readouterr().err
+
+
+def test_the_level_is_what_was_asked_for(tiny):
+    model = VideoToAudio(tiny.folder, device="cpu")
+    plain = model.generate(tiny.videos[0], 1.2)
+    peak = model.generate(tiny.videos[0], 1.2, normalize="peak")
+    assert peak.wav.abs().max() == pytest.approx(10 ** (-6 / 20), rel=1e-5)
+    torch.testing.assert_close(peak.wav / peak.wav.abs().max(), plain.wav / plain.wav.abs().max())
+
+
+def test_the_original_is_saved_beside_its_sample(tiny, tmp_path):
+    video = tiny.videos[0]
+    asked = ["save_original_files=true", "compress_original_audio=false", "duration=1", "start=0.5", "samples_per_video=2"]
+    assert command(tiny, video, *asked, f"out={tmp_path}/out") == 0
+    names = {path.name for path in (tmp_path / "out").glob("*.wav")}
+    assert names == {f"{video.stem}{end}.wav" for end in ("_1", "_2", "_original")}
+    wav, rate = soundfile.read(tmp_path / f"out/{video.stem}_original.wav", dtype="float32")
+    assert np.abs(wav - read_audio(video, 0.5, 1.0, rate, 1)[0].numpy()).max() < 2**-14
+
+
+def test_features_are_kept_and_found_again(tiny, tmp_path, monkeypatch):
+    asked = [f"features_cache={tmp_path}/cache", "duration=1"]
+    assert command(tiny, tiny.videos[0], *asked, f"out={tmp_path}/first") == 0
+    monkeypatch.setattr(vaura.generate, "read_video", None)  # not read again
+    assert command(tiny, tiny.videos[0], *asked, f"out={tmp_path}/second") == 0
+    first, second = ((tmp_path / f"{name}/{tiny.videos[0].stem}.wav").read_bytes() for name in ("first", "second"))
+    assert first == second
+
+
+def test_neither_or_both_of_video_and_corpus_is_refused(tiny, tmp_path, capsys):
+    assert run(["config=generate", f"experiment_path={tiny.folder}", "device=cpu"]) == 2
+    assert "give video=FILE_OR_FOLDER, or a corpus by data, one of the two" in capsys.readouterr().err

@@ -24,8 +24,11 @@ import pytest
             "lm.dim refers to ${data.batch_sise}, which does not exist. Did you mean 'data.batch_size'?",
         ),
         (["~lm"], "lm (predicts codes): no value given; add lm=VALUE"),
-        (["name=???"], "name (the experiment's name: its folder is logs/NAME/TIME): no value given; add name=VALUE"),
-        (["action=trian"], "unknown action 'trian'; there are train, generate, evaluate, quickstart. Did you mean 'train'?"),
+        (["name=???"], "name (the experiment's name: its folder is LOG_DIR/NAME/TIME): no value given; add name=VALUE"),
+        (
+            ["action=trian"],
+            "unknown action 'trian'; there are train, test, generate, evaluate, quickstart. Did you mean 'train'?",
+        ),
         (
             ["tokenizer=encodek_24khz"],
             "there is no tokenizer 'encodek_24khz'; there are encodec_24khz. Did you mean 'encodec_24khz'?",

@@ -7,7 +7,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from vaura.timing import align, count, cover, exact, windows
+from vaura.timing import Window, align, align_repeated, count, cover, exact, published_windows, windows
 
 RATES = (12.5, 25, 24000 / 1001, 30000 / 1001, 50, 75, 44100 / 512, 16000 / 640, 48000 / 320, Fraction(16000, 321))
 
@@ -78,7 +78,7 @@ def test_windows_generate_every_frame_once():
     for _ in range(500):
         window = draw.randint(1, 40)
         frames, stride = draw.randint(1, 150), draw.randint(1, window)
-        spans = windows(frames, window, stride)
+        spans = windows(frames, 1, window, stride)
         made = [t for span in spans for t in range(span.start + span.prompt, span.stop)]
         assert made == list(range(frames))
         for number, span in enumerate(spans):
@@ -91,4 +91,43 @@ def test_windows_generate_every_frame_once():
 @pytest.mark.parametrize("stride", [0, -1, 7])
 def test_windows_that_would_leave_a_gap_or_stand_still_are_refused(stride):
     with pytest.raises(ValueError, match="stride"):
-        windows(10, 6, stride)
+        windows(10, 1, 6, stride)
+
+
+@pytest.mark.parametrize("frame_rate", RATES)
+@pytest.mark.parametrize(("window", "stride"), [(2.56, 0.64), (2.56, 1.92), (2.56, 2.56), (5.12, 0.7)])
+def test_windows_stay_at_their_true_time(frame_rate, window, stride):
+    """Half a token frame off after an hour as in the first minute."""
+    frames = cover(3600, frame_rate)
+    spans = windows(frames, frame_rate, window, stride)
+    for number, span in enumerate(spans):
+        assert abs(span.start / meant(frame_rate) - number * meant(stride)) <= Fraction(1, 2) / meant(frame_rate)
+        assert span.prompt >= 0
+        assert span.stop == min(span.start + cover(window, frame_rate), frames)
+    assert [span.prompt for span in spans] == [0, *(a.stop - b.start for a, b in pairwise(spans))]
+
+
+def test_a_stride_of_less_than_a_frame_still_moves_on():
+    spans = windows(20, 10, 0.5, 0.03)
+    assert spans[-1].stop == 20
+    assert all(a.start < b.start for a, b in pairwise(spans))
+
+
+def test_repeated_features_begin_at_the_one_nearest_to_the_window():
+    dac, segment = 44100 / 512, 8
+    for number in range(200):
+        span = Window(count(number, Fraction(16, 25) * Fraction(11025, 128)), 0, 0)
+        index = align_repeated(221, dac, 12.5, span.start, 7)
+        assert index.tolist() == [segment * number + i // 7 for i in range(224)]
+    assert align_repeated(110, dac, 12.5, 0, 7)[-1] == 15
+
+
+def test_published_windows_count_86_frames_a_second():
+    (single,) = published_windows(2.56, 0.64)
+    assert single == (Window(0, 220, 0), range(4))
+    spans = published_windows(3.84, 0.64)
+    assert [(w.start, w.stop, w.prompt, s) for w, s in spans] == [
+        (0, 221, 0, range(4)),
+        (55, 276, 166, range(1, 5)),
+        (110, 331, 166, range(2, 6)),
+    ]

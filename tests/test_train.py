@@ -200,7 +200,7 @@ def test_a_crash_goes_on_from_the_last_checkpoint(fixed, tmp_path, batches):
 
 def test_a_finished_run_is_prolonged_as_if_it_had_been_meant_longer(fixed, tmp_path):
     """With a constant rate, 3 steps and then 5 are 8, though 3 steps end in the middle of an epoch."""
-    constant = [*fixed, "task.optimizer.final=1", "trainer.val_check_interval=2"]
+    constant = [*fixed, "task.optimizer.schedule.final=1", "trainer.val_check_interval=2"]
     assert run([*constant, f"hydra.run.dir={tmp_path / 'whole'}"]) == 0
     assert run([*constant, f"hydra.run.dir={tmp_path / 'parts'}", "trainer.max_steps=3"]) == 0
     assert run([*constant, f"hydra.run.dir={tmp_path / 'parts'}"]) == 0
@@ -409,11 +409,10 @@ def refused(capsys, *argv: str) -> str:
 
 
 def test_a_loss_that_is_no_number(fixed, tmp_path, capsys):
-    said = refused(capsys, *fixed, "task.optimizer.lr=1e30", "task.optimizer.warmup=0", f"hydra.run.dir={tmp_path}")
+    huge = ["task.optimizer.lr=1e30", "task.optimizer.schedule.warmup=0"]
+    said = refused(capsys, *fixed, *huge, f"hydra.run.dir={tmp_path}")
     assert "the training loss is no longer a finite number at step 2; lower task.optimizer.lr " in said
-    validated = refused(
-        capsys, *fixed, "task.optimizer.lr=1e30", "trainer.val_check_interval=1", f"hydra.run.dir={tmp_path / 'b'}"
-    )
+    validated = refused(capsys, *fixed, *huge, "trainer.val_check_interval=1", f"hydra.run.dir={tmp_path / 'b'}")
     assert "the validation loss is no longer a finite number at step 1; " in validated
     assert kept(tmp_path / "b") == []
 

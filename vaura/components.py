@@ -1,9 +1,14 @@
-"""A component is any node with `_target_`; its schema is its constructor."""
+"""A component is any node with `_target_`; its schema is its constructor.
+
+A config may come from a stranger, and whatever a `_target_` names is run. Hence only the classes of `TARGETS` can be named, and
+what a person allows beyond them: the packages listed in the environment variable VAURA_TARGETS.
+"""
 
 from __future__ import annotations
 
 import importlib
 import inspect
+import os
 import pkgutil
 import types
 from collections.abc import Collection, Iterator, Mapping
@@ -19,15 +24,31 @@ from vaura.refusals import omegaconf_sentence, wrong_type
 
 # Parameters that a verb passes to a component itself: dotted key of the node -> names. Everything else stands in the config.
 SUPPLIED: dict[str, set[str]] = {
-    "data": {"fps", "size", "sample_rate", "channels"},
+    "data": {"fps", "size", "resize", "sample_rate", "channels"},
     "contrast.task": {"encoder", "sample_rate"},
 }
+
+# Modules whose classes a `_target_` may name. Wide ones, all of lightning or torch, hold classes that run or unpickle anything.
+TARGETS = (
+    *(f"vaura.{room}" for room in ("conditioner", "data", "encoder", "lm", "media", "metric", "task", "tokenizer", "vocoder")),
+    *("lightning.Trainer", "lightning.pytorch.Trainer"),
+    *(f"lightning.pytorch.{part}" for part in ("accelerators", "callbacks", "loggers", "plugins", "profilers", "strategies")),
+    *("torch.nn", "torch.optim"),
+)
+FUNCTIONS = ("vaura.data.corpus",)  # modules of which functions may be named too
+OWN = "VAURA_TARGETS"  # environment variable: further packages, separated by commas; not a key, or a config could allow itself
 
 HYDRA_KEYS = {"_target_", "_partial_", "_recursive_", "_convert_", "_args_"}
 
 
 def instantiate(node: Any, **supplied: Any) -> Any:
-    """Build the component that `node` describes. Raises the constructor's own InputError, not Hydra's wrapping of it."""
+    """Build the component that `node` describes.
+
+    Raises InputError for a target that may not be named, before anything is built; and the constructor's own InputError, not
+    Hydra's wrapping of it.
+    """
+    for key, target in _targets(node, ""):
+        _locate(target, key)
     try:
         return hydra.utils.instantiate(node, **supplied)
     except InstantiationException as error:
@@ -58,6 +79,18 @@ def check_components(
             _check_types(node, key, target)
 
 
+def _targets(node: Any, key: str) -> Iterator[tuple[str, str]]:
+    """Key and value of every `_target_` that Hydra will follow from `node`, by references too."""
+    for name in _names(node):
+        if OmegaConf.is_config(node) and OmegaConf.is_missing(node, name):
+            continue
+        path = _join(key, str(name))
+        if name == "_target_":
+            yield path, str(node[name])
+        else:
+            yield from _targets(node[name], path)
+
+
 def _components(node: Any, key: str) -> Iterator[tuple[str, DictConfig]]:
     names = _names(node)
     if "_target_" in names:
@@ -70,17 +103,24 @@ def _components(node: Any, key: str) -> Iterator[tuple[str, DictConfig]]:
 
 def _names(node: Any) -> list[Any]:
     """The keys of a node: words, or positions in a list."""
-    return list(node) if isinstance(node, DictConfig) else list(range(len(node))) if isinstance(node, ListConfig) else []
+    if isinstance(node, DictConfig | dict):
+        return list(node)
+    return list(range(len(node))) if isinstance(node, ListConfig | list | tuple) else []
 
 
 def _locate(target: str, key: str) -> Any:
-    """The class or function of a dotted path. Raises InputError where there is none."""
+    """The class or function of a dotted path. Raises InputError where there is none, or none that may be named."""
+    own = [name.strip() for name in os.environ.get(OWN, "").split(",") if name.strip()]
+    if not _below(target, (*TARGETS, *own)):  # asked first: to import a module is to run it
+        raise _forbidden(target, key)
     parts = target.split(".")
     found: Any = None
     for depth, part in enumerate(parts):
         path = ".".join(parts[: depth + 1])
         if hasattr(found, part):
             found = getattr(found, part)
+            if inspect.ismodule(found) and found.__name__ != path:  # another module that this one imports
+                raise _forbidden(target, key)
             continue
         try:
             found = importlib.import_module(path)
@@ -89,7 +129,23 @@ def _locate(target: str, key: str) -> Any:
                 raise  # the module is there, but something it needs is not
             known = [f"{'.'.join(parts[:depth])}.{name}" for name in _members(found)]
             raise InputError(f"{key} is '{target}', which does not exist: no '{path}'." + nearest(path, known)) from error
+    home = str(getattr(found, "__module__", ""))
+    kind = callable(found) if _below(target, (*FUNCTIONS, *own)) else inspect.isclass(found)
+    if not kind or home.split(".")[0] != parts[0]:  # a class that a module imports from elsewhere is not its own
+        raise _forbidden(target, key)
     return found
+
+
+def _below(target: str, names: Collection[str]) -> bool:
+    return any(target == name or target.startswith(f"{name}.") for name in names)
+
+
+def _forbidden(target: str, key: str) -> InputError:
+    return InputError(
+        f"{key} is '{target}', which a config cannot run: it can name classes of vaura's parts, torch.nn and torch.optim, "
+        "and Lightning's Trainer and callbacks; if you know and trust this one, "
+        f"list its package in the environment variable {OWN}"
+    )
 
 
 def _members(found: Any) -> list[str]:

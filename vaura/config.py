@@ -16,6 +16,7 @@ from typing import Any
 import hydra
 import yaml
 from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
 from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import InterpolationToMissingValueError, MissingMandatoryValue, OmegaConfBaseException
 
@@ -26,6 +27,7 @@ from vaura.refusals import REFUSED, hydra_sentence, omegaconf_sentence, unknown_
 
 VERBS = {
     "train": "vaura.train:train",
+    "test": "vaura.train:test",
     "generate": "vaura.generate:generate",
     "evaluate": "vaura.evaluate:evaluate",
     "quickstart": "vaura.quickstart:quickstart",
@@ -38,7 +40,8 @@ VERBS = {
 @dataclass
 class TrainRun:
     action: str = "train"
-    name: str = MISSING  # the experiment's name: its folder is logs/NAME/TIME
+    name: str = MISSING  # the experiment's name: its folder is LOG_DIR/NAME/TIME
+    log_dir: str = "logs"  # where the folders of experiments are
     seed: int = 0  # of everything random
     data: Any = MISSING  # manifests, clips, batches
     tokenizer: Any = MISSING  # signal <-> codes, frozen
@@ -49,7 +52,8 @@ class TrainRun:
     task: Any = MISSING  # what is trained, and how
     trainer: Any = MISSING  # Lightning's Trainer
     logging: Any = MISSING  # what is written down while training
-    resume: str | None = None  # a checkpoint to go on from
+    resume: str | None = None  # a checkpoint to go on from, or to test
+    test_at_end: bool = False  # measure the best checkpoint on the split test
 
 
 @dataclass
@@ -63,29 +67,43 @@ class QuickstartRun(TrainRun):
 @dataclass
 class GenerateRun:
     action: str = "generate"
-    name: str = "generate"  # the run's folder is logs/NAME/TIME
-    experiment_path: str = MISSING  # the folder of a trained experiment
+    name: str = "generate"  # the run's folder is LOG_DIR/NAME/TIME
+    log_dir: str = "logs"
+    experiment_path: str = MISSING  # the folder of a trained experiment, or one of V-AURA's own
     checkpoint: str | None = None  # a checkpoint file; none takes the experiment's best
-    video: str = MISSING  # a video, a folder of videos, or a manifest
-    out: str | None = None  # where the samples go; none takes EXPERIMENT/samples/TIME
+    video: str | None = None  # a video, a folder of videos, or a manifest
+    data: Any = None  # or a corpus, of which one split is generated
+    out: str | None = None  # where the samples go; none takes EXPERIMENT/OUT_PATH/TIME
+    out_path: str = "samples"  # a folder below the experiment
     duration: float | None = None  # seconds to generate; none takes the whole video
     start: float = 0.0  # seconds into the video
     samples_per_video: int = 1  # different sounds for each video
     batch_size: int = 8  # sounds generated at once
     guidance: float = 3.0  # guidance scale; 1 switches it off
+    guidance_end: float | None = None  # guidance scale at the last step of a window; none: constant
+    guidance_shape: str = "linear"  # how it gets there: linear or cosine
     sampler: Any = MISSING  # rule from logits to a token
+    loop: str = "windows"  # how a long sound goes on: windows, rolling, published
     window: float | None = None  # seconds generated at once; none takes what the experiment was trained on
     stride: float | None = None  # seconds between windows; none takes half a window
     seed: int = 0  # of the sampler
     device: str = "auto"  # auto, cpu, cuda, cuda:1
     prompt: str | None = None  # an audio file to continue
+    prepend_gt_audio: bool = False  # continue the beginning of the clip's own sound
+    prompt_duration: float = 0.64  # seconds of it
+    remove_prompts: bool = False  # whether the prompt is cut from what is written
+    normalize: str = "limit"  # level of the sound: limit, lufs, clip, peak, rms, loudness
+    save_original_files: bool = False  # also write the clip with its own sound
+    compress_original_audio: bool = True  # that sound through the tokenizer and back
+    features_cache: str | None = None  # a folder that keeps features of pictures; none: they are computed
     overridden_hparams: dict[str, Any] = field(default_factory=dict)  # merged over the experiment's config
 
 
 @dataclass
 class EvaluateRun:
     action: str = "evaluate"
-    name: str = "evaluate"  # the run's folder is logs/NAME/TIME
+    name: str = "evaluate"  # the run's folder is LOG_DIR/NAME/TIME
+    log_dir: str = "logs"
     samples: str = MISSING  # the folder of generated samples
     originals: str = MISSING  # the folder, or the manifest, of the videos with their own sound
     out: str | None = None  # the file of the metrics; none writes metrics.json beside the samples
@@ -117,8 +135,13 @@ def compose(config: str | Path, overrides: Sequence[str] = (), configs: Path = C
 
 
 def _compose(command: Command, overrides: list[str]) -> DictConfig:
-    with hydra.initialize_config_dir(str(command.folder), version_base="1.3"):
-        return hydra.compose(command.name, overrides)
+    running = GlobalHydra.instance()  # of the run that asks, if any: Hydra wants one at a time
+    before, running.hydra = running.hydra, None
+    try:
+        with hydra.initialize_config_dir(str(command.folder), version_base="1.3"):
+            return hydra.compose(command.name, overrides)
+    finally:
+        running.hydra = before
 
 
 def save_config(cfg: DictConfig, path: str | Path) -> None:
@@ -189,6 +212,10 @@ def check_run(cfg: DictConfig, command: Command) -> None:
     if missing:
         raise InputError(_missing(missing, schema, command))
     if cfg.get("resume") and not Path(cfg.resume).is_file():
+        below = Path(cfg.resume).parent / "checkpoints" / Path(cfg.resume).name
+        if below.is_file():  # as V-AURA's README writes it
+            cfg.resume = str(below)
+            return
         raise InputError(f"resume: there is no checkpoint {cfg.resume}; give EXPERIMENT/checkpoints/last.ckpt")
 
 

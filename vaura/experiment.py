@@ -9,7 +9,6 @@ tensorboard/ samples/
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -17,21 +16,16 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from vaura.components import instantiate
+from vaura.checkpoint import best_checkpoint, read_checkpoint
+from vaura.components import check_components, instantiate
 from vaura.config import load_config, merge, save_config
 from vaura.errors import InputError, nearest
 from vaura.files import make_folder
+from vaura.published import find_experiment, is_published, read_published, rename
 from vaura.task.token_prediction import TokenPrediction
 
-CONFIG, TOKENIZER, ENCODER, CHECKPOINTS, LAST = (
-    "config.yaml",
-    "tokenizer.safetensors",
-    "encoder.safetensors",
-    "checkpoints",
-    "last.ckpt",
-)
+CONFIG, TOKENIZER, ENCODER = "config.yaml", "tokenizer.safetensors", "encoder.safetensors"
 MODEL = ("tokenizer", "encoder", "conditioner", "lm")  # the keys of a config that decide what a checkpoint fits
-SCORED = re.compile(r"step=(?P<step>\d+)-val_loss=(?P<loss>\d+\.\d+)(-v(?P<version>\d+))?\.ckpt")
 
 
 def begin(config: DictConfig, folder: Path) -> None:
@@ -50,6 +44,8 @@ def begin(config: DictConfig, folder: Path) -> None:
         assert isinstance(then, dict)
         assert isinstance(now, dict)
         for key in [*then, *now]:
+            if key == "weights":  # a file may have moved
+                continue
             if then.get(key) != now.get(key):
                 raise InputError(
                     f"{folder} is an experiment with {part}.{key}={then.get(key)}, not {now.get(key)}; "
@@ -58,13 +54,13 @@ def begin(config: DictConfig, folder: Path) -> None:
 
 
 def build(config: DictConfig, folder: Path | None = None) -> TokenPrediction:
-    """The task that `config` composes, with the tokenizer and the encoder that the experiment in `folder` made for itself."""
-    task = instantiate(config.task)
+    """The task that `config` composes, with the tokenizer and the encoder that the experiment in `folder` keeps of its own."""
     if folder is not None:
-        for name, part in ((TOKENIZER, task.tokenizer), (ENCODER, task.encoder)):
+        config = config.copy()
+        for part, name in (("tokenizer", TOKENIZER), ("encoder", ENCODER)):
             if (folder / name).is_file():
-                part.load(folder / name)
-    return task
+                config[part].weights = str(folder / name)
+    return instantiate(config.task)
 
 
 def load(
@@ -75,23 +71,41 @@ def load(
 ) -> tuple[TokenPrediction, DictConfig]:
     """The trained task of an experiment, in evaluation mode, and its configuration.
 
-    Takes the best checkpoint by validation loss unless one is named; `overrides` are merged over the configuration. Raises
-    InputError where the folder is no experiment, or the checkpoint is broken or of another model.
+    An experiment is one of the house, one that V-AURA published, or the name of such a one, which is fetched. Takes the best
+    checkpoint by validation loss unless one is named; `overrides` are merged over the configuration. Raises InputError where
+    the folder is no experiment, or the checkpoint is broken or of another model.
     """
-    folder = Path(folder)
+    folder = find_experiment(folder)
     path = folder / CONFIG
-    if not path.is_file():
-        near = nearest(folder.name, [p.name for p in folder.parent.iterdir()]) if folder.parent.is_dir() else ""
-        raise InputError(f"{folder} is no experiment: it has no {CONFIG}; give the folder that a training run printed.{near}")
-    config = load_config(path)
+    if is_published(folder):
+        reading = read_published(folder, Path(checkpoint) if checkpoint else None)
+        config, state, checkpoint = reading.config, reading.state, reading.checkpoint
+    else:
+        if not path.is_file():
+            near = nearest(folder.name, [p.name for p in folder.parent.iterdir()]) if folder.parent.is_dir() else ""
+            raise InputError(
+                f"{folder} is no experiment: it has no {CONFIG}; give the folder that a training run printed.{near}"
+            )
+        config = load_config(path)
+        checkpoint = best_checkpoint(folder) if checkpoint is None else Path(checkpoint)
+        state = None
     if overrides:
         config = merge(config, overrides, f"overridden_hparams of {path}")
+    check_components(config, complete=False)
     task = build(config, folder)
-    checkpoint = best_checkpoint(folder) if checkpoint is None else Path(checkpoint)
-    state = read_checkpoint(checkpoint)
-    check_model(state, task, checkpoint)
-    task.load_state_dict(state["state_dict"])
+    content = read_weights(checkpoint) if state is None else {"state_dict": state}
+    check_model(content, task, checkpoint)
+    task.load_state_dict(content["state_dict"])
     return task.to(device).eval(), config
+
+
+def read_weights(path: Path) -> dict[str, Any]:
+    """The content of a checkpoint with its tensors by the house's names, be it one of the house or of V-AURA's own."""
+    content = read_checkpoint(path)
+    tensors = content.get("state_dict")
+    if isinstance(tensors, dict) and any(str(key).startswith("sampler.") for key in tensors):
+        content["state_dict"], _, _ = rename(tensors)
+    return content
 
 
 def check_resumable(path: Path, module: nn.Module) -> None:
@@ -112,28 +126,3 @@ def check_model(checkpoint: dict, module: nn.Module, path: Path) -> None:
         if theirs.get(key) != ours.get(key):
             there, here = (f"shape {shapes[key]}" if key in shapes else "missing" for shapes in (theirs, ours))
             raise InputError(f"checkpoint {path} belongs to another model: {key} is {there} in it and {here} in the config's")
-
-
-def read_checkpoint(path: Path) -> dict[str, Any]:
-    """The content of a checkpoint file, safely. Raises InputError where it is missing, cut off or no checkpoint."""
-    if not path.is_file():
-        raise InputError(f"checkpoint {path} does not exist")
-    try:
-        content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except Exception as error:  # torch raises many kinds here: UnpicklingError, RuntimeError, EOFError, OSError, ...
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(f"checkpoint {path} cannot be read ({reason}); it is cut off, or not a checkpoint") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{path} is no checkpoint of a training run: it holds no state_dict")
-    return content
-
-
-def best_checkpoint(folder: Path) -> Path:
-    """The checkpoint of the lowest validation loss in its name, of equals the latest; last.ckpt where none has one."""
-    found = sorted((folder / CHECKPOINTS).glob("*.ckpt"))
-    scored = [(path, match) for path in found if (match := SCORED.search(path.name))]
-    if scored:
-        return min(scored, key=lambda pair: (float(pair[1]["loss"]), -int(pair[1]["step"]), -int(pair[1]["version"] or 0)))[0]
-    if found:
-        return next((path for path in found if path.name == LAST), found[-1])
-    raise InputError(f"{folder} holds no checkpoint in {CHECKPOINTS}/; train it first, or give checkpoint=FILE")

@@ -21,15 +21,18 @@ from vaura import experiment
 from vaura.components import check_components, instantiate
 from vaura.config import save_config
 from vaura.data.manifest import Clip, find_videos, read_manifest
-from vaura.errors import InputError
-from vaura.files import make_folder
+from vaura.encoder.cache import FeatureCache
+from vaura.errors import InputError, nearest
+from vaura.files import make_folder, write_aside
 from vaura.lm.generation import Progress
-from vaura.lm.sampling import Sampler
+from vaura.lm.sampling import Guidance, Sampler
 from vaura.media.audio import read_audio, write_wav
+from vaura.media.loudness import HEADROOM, normalise
 from vaura.media.mux import replace_sound
 from vaura.media.video import HOLD, check_span, probe, read_video
 from vaura.progress import Bar, bar, track
 from vaura.seeds import seed_of
+from vaura.task.token_prediction import LOOPS
 from vaura.timing import count, cover, exact
 
 PIECE = 256
@@ -37,6 +40,9 @@ PIECE = 256
 
 SHORTEST = 0.01
 """Seconds below which there is nothing to hear."""
+
+TOLD = 10
+"""Failures that are told in one sentence."""
 
 Wanted = tuple[Clip, int]
 """A clip and the number of one of its samples, from 0."""
@@ -51,6 +57,9 @@ class How:
         guidance: scale of the picture's influence; 1 is off.
         window, stride: seconds generated at once, and between the beginnings of two windows (None: half a window).
         seed: of every draw, together with the video's name, the second it begins at and the number of the sample.
+        guidance_end, guidance_shape: how guidance changes within a window, see `Guidance`.
+        loop: how a sound longer than a window goes on, see `TokenPrediction.sample`.
+        normalize: the level of what is heard, see `vaura.media.loudness`.
     """
 
     sampler: Sampler
@@ -58,10 +67,16 @@ class How:
     window: float
     stride: float | None = None
     seed: int = 0
+    guidance_end: float | None = None
+    guidance_shape: str = "linear"
+    loop: str = "windows"
+    normalize: str = "limit"
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.guidance) and self.guidance >= 0):
-            raise InputError(f"guidance={self.guidance:g} is no scale; give 1 to switch it off, or a number above")
+        _ = self.course
+        for key, value, known in (("loop", self.loop, LOOPS), ("normalize", self.normalize, HEADROOM)):
+            if value not in known:
+                raise InputError(f"{key}={value} is none of {', '.join(known)}.{nearest(value, known)}")
         if not (math.isfinite(self.window) and self.window > 0):
             raise InputError(f"window={self.window:g} is no length; give seconds above 0")
         if not 0 < self.step <= self.window:
@@ -71,6 +86,11 @@ class How:
     def step(self) -> float:
         """Seconds between the beginnings of two windows."""
         return self.window / 2 if self.stride is None else self.stride
+
+    @property
+    def course(self) -> Guidance:
+        """The guidance scale over a window."""
+        return Guidance(self.guidance, self.guidance_end, self.guidance_shape)
 
     def seed_for(self, clip: Clip, number: int) -> int:
         """The same for a video alone and among others, by path, folder or manifest."""
@@ -106,6 +126,7 @@ class VideoToAudio:
         checkpoint: a checkpoint file in place of the best one.
         device: "auto", "cpu", "cuda", "cuda:1".
         overrides: merged over the experiment's configuration, in memory.
+        features_cache: a folder that keeps the features of pictures it has seen; None: they are computed anew.
     """
 
     def __init__(
@@ -114,8 +135,10 @@ class VideoToAudio:
         checkpoint: str | Path | None = None,
         device: str = "auto",
         overrides: Any = None,
+        features_cache: str | Path | None = None,
     ) -> None:
         self.device = pick_device(device)
+        self.cache = FeatureCache(features_cache) if features_cache else None
         self.task, self.config = experiment.load(experiment_path, checkpoint, self.device, overrides)
         settings = self.config.logging
         self.how = How(instantiate(settings.sampler), settings.guidance, float(self.config.data.duration))
@@ -166,21 +189,31 @@ class VideoToAudio:
         sounds = self.sounds([clip] * samples, features, drawn, begun, numbers=range(samples))
         return sounds[0] if samples == 1 else sounds
 
-    @torch.no_grad()
     def features(self, clip: Clip) -> Tensor:
-        """Features (1, M, E) of a clip's picture, read and encoded piece by piece, each with what lies around it."""
+        """Features (1, M, E) of a clip's picture, up to the end of its last segment, from the cache where there is one."""
+        if self.cache is None:
+            return self._look(clip)
+        return self.cache.features(self.task.encoder, clip, lambda: self._look(clip)).to(self.device)
+
+    @torch.no_grad()
+    def _look(self, clip: Clip) -> Tensor:
+        """The picture read and encoded piece by piece, each segment once, each piece with what lies around it.
+
+        Where the last segment reaches past the end of the file, its last frame is held.
+        """
         encoder = self.task.encoder
-        fps, begin = exact(encoder.fps), exact(clip.start)
-        frames, around = max(count(clip.duration, fps), 1), cover(encoder.context, fps)
-        rate = count(1.0, encoder.frame_rate / encoder.fps)  # features a video frame
+        fps, begin, segment = exact(encoder.fps), exact(clip.start), encoder.segment
+        frames, around = max(cover(count(clip.duration, fps) / segment, 1), 1) * segment, cover(encoder.context, fps)
+        per_frame = exact(encoder.frame_rate) / fps
+        piece = max(PIECE // segment, 1) * segment
         pieces = []
-        for first in range(0, frames, PIECE):
-            last = min(first + PIECE, frames)
+        for first in range(0, frames, piece):
+            last = min(first + piece, frames)
             low, high = max(first - around, 0), min(last + around, frames)
             span = float(begin + low / fps), float((high - low) / fps)
-            video = read_video(clip.video, *span, encoder.fps, encoder.size)
+            video = read_video(clip.video, *span, encoder.fps, encoder.size, resize=encoder.resize, hold=segment > 1)
             features = encoder(video.unsqueeze(0).to(self.device))
-            pieces.append(features[:, (first - low) * rate : (last - low) * rate])
+            pieces.append(features[:, count(first - low, per_frame) : count(last - low, per_frame)])
         return torch.cat(pieces, dim=1)
 
     def read_prompt(self, path: str | Path) -> Tensor:
@@ -200,13 +233,14 @@ class VideoToAudio:
         """Sounds of clips of one length from features (B, M, E), generated together.
 
         Args:
-            prompt: wav (A, N) that every sound begins with. Raises InputError where it leaves nothing to generate.
+            prompt: wav (A, N) that every sound begins with, or (B, A, N) of each its own. Raises InputError where it leaves
+                nothing to generate.
             numbers: which of its samples each clip gets; 0 unless given.
         """
         rate, duration = self.task.tokenizer.sample_rate, clips[0].duration
-        if prompt is not None and prompt.shape[1] >= count(duration, rate):
+        if prompt is not None and prompt.shape[-1] >= count(duration, rate):
             raise InputError(
-                f"the prompt lasts {prompt.shape[1] / rate:.2f} s, so nothing is left to generate of the {duration:g} s of "
+                f"the prompt lasts {prompt.shape[-1] / rate:.2f} s, so nothing is left to generate of the {duration:g} s of "
                 f"{clips[0].video}; give a shorter prompt"
             )
         wavs = self.task.generate(
@@ -214,13 +248,15 @@ class VideoToAudio:
             duration,
             seeds=[how.seed_for(*wanted) for wanted in zip(clips, numbers or [0] * len(clips), strict=True)],
             sampler=how.sampler,
-            guidance=how.guidance,
+            guidance=how.course,
             window=how.window,
             stride=how.step,
+            loop=how.loop,
             prompt=None if prompt is None else prompt.expand(len(clips), -1, -1),
             progress=progress,
         )
-        return [Sound(wav.cpu(), rate, clip) for wav, clip in zip(wavs, clips, strict=True)]
+        levelled = normalise(wavs.cpu(), how.normalize, rate)
+        return [Sound(wav, rate, clip) for wav, clip in zip(levelled, clips, strict=True)]
 
     def num_steps(self, duration: float) -> int:
         """Steps of the LM for `duration` seconds."""
@@ -228,7 +264,7 @@ class VideoToAudio:
 
 
 def generate(config: DictConfig) -> Path:
-    """Sound for `video`, a file, a folder or a manifest; writes a wav and an mp4 a sample and returns their folder.
+    """Sound for `video`, a file, a folder or a manifest, or for a split of `data`; returns the folder of wavs and mp4s.
 
     Whatever cannot be read or written is left out, and told at the end by an InputError.
     """
@@ -236,15 +272,28 @@ def generate(config: DictConfig) -> Path:
     for key in ("samples_per_video", "batch_size"):
         if config[key] < 1:
             raise InputError(f"{key}={config[key]} must be 1 or more")
-    model = VideoToAudio(config.experiment_path, config.checkpoint, config.device, config.overridden_hparams)
-    window = model.how.window if config.window is None else config.window
-    how = How(instantiate(config.sampler), config.guidance, window, config.stride, config.seed)
-    prompt = None if config.prompt is None else model.read_prompt(config.prompt)
-    clips, failed = find_clips(config.video, config.start, config.duration)
+    model = VideoToAudio(
+        config.experiment_path, config.checkpoint, config.device, config.overridden_hparams, config.features_cache
+    )
+    how = How(
+        instantiate(config.sampler),
+        config.guidance,
+        model.how.window if config.window is None else config.window,
+        config.stride,
+        config.seed,
+        config.guidance_end,
+        config.guidance_shape,
+        config.loop,
+        config.normalize,
+    )
+    begin = Beginning.of(config, model)
+    clips, failed = find_clips(config.video, config.start, config.duration, config.data)
     work = batches(clips, config.samples_per_video, config.batch_size)
     if not work:
-        raise InputError("; ".join(failed) or f"{config.video} names no clip; add one")
-    out = make_folder(config.out) if config.out else new_folder(Path(config.experiment_path) / "samples")
+        reasons = "; ".join([*failed[:TOLD], *([f"and {len(failed) - TOLD} more"] if len(failed) > TOLD else [])])
+        raise InputError(reasons or f"{config.video or 'data'} names no clip; add one")
+    below = experiment.find_experiment(config.experiment_path) / config.out_path
+    out = make_folder(config.out) if config.out else new_folder(below)
 
     def name(clip: Clip, number: int) -> str:
         return clip.id if config.samples_per_video == 1 else f"{clip.id}_{number + 1}"
@@ -254,25 +303,87 @@ def generate(config: DictConfig) -> Path:
     written = 0
     with bar("sound", sum(model.num_steps(batch[0][0].duration) for batch in work)) as shown:
         for batch in work:
-            for sound, number in _draw(model, batch, how, prompt, shown, failed):
+            for sound, number in _draw(model, batch, how, begin, shown, failed):
                 with _noted(failed):
-                    sound.save(out, name(sound.clip, number))
+                    begin.cut(sound).save(out, name(sound.clip, number))
                     written += 1
+                    if config.save_original_files and number == 0:
+                        original(model, sound.clip, config.compress_original_audio).save(out, f"{sound.clip.id}_original")
     print(f"samples: {written} in {out}")
     if failed:
         done = f"{written} samples are in {out}, but not all: " if written else ""
-        raise InputError(done + "; ".join(dict.fromkeys(failed)))
+        raise InputError(done + tell(list(dict.fromkeys(failed)), out / "left_out.txt"))
     return out
 
 
+def tell(failed: Sequence[str], path: Path) -> str:
+    """What failed, in one sentence; where that is much, the rest is written to `path`."""
+    if len(failed) <= TOLD:
+        return "; ".join(failed)
+    with write_aside(path) as aside:
+        aside.write_text("".join(f"{sentence}\n" for sentence in failed))
+    return "; ".join(failed[:TOLD]) + f"; and {len(failed) - TOLD} more, all of them in {path}"
+
+
+@dataclass(frozen=True)
+class Beginning:
+    """What sounds begin with: the same `sound` (A, N) everywhere, or `own` seconds of each clip's own, or nothing."""
+
+    sound: Tensor | None = None
+    own: float = 0.0
+    removed: bool = False  # whether it is cut from what is written
+
+    @classmethod
+    def of(cls, config: DictConfig, model: VideoToAudio) -> Beginning:
+        if config.prompt is not None and config.prepend_gt_audio:
+            raise InputError("prompt and prepend_gt_audio both say what the sound begins with; give one of the two")
+        if config.prompt is not None:
+            return cls(model.read_prompt(config.prompt), removed=config.remove_prompts)
+        if not config.prepend_gt_audio:
+            return cls()
+        if not config.prompt_duration > 0:
+            raise InputError(f"prompt_duration={config.prompt_duration:g} is no length; give seconds above 0")
+        return cls(own=config.prompt_duration, removed=config.remove_prompts)
+
+    def prompts(self, model: VideoToAudio, clips: Sequence[Clip]) -> Tensor | None:
+        """wav (B, A, N) that the sounds of `clips` begin with."""
+        if self.sound is not None or not self.own:
+            return None if self.sound is None else self.sound.expand(len(clips), -1, -1)
+        tokenizer = model.task.tokenizer
+        return torch.stack(
+            [read_audio(clip.video, clip.start, self.own, tokenizer.sample_rate, tokenizer.channels) for clip in clips]
+        )
+
+    def cut(self, sound: Sound) -> Sound:
+        """`sound` without its beginning, and the later span of the video that it belongs to, where that is asked for."""
+        if not self.removed:
+            return sound
+        samples = count(self.own, sound.sample_rate) if self.sound is None else self.sound.shape[1]
+        seconds = samples / sound.sample_rate
+        clip = replace(sound.clip, start=sound.clip.start + seconds, duration=sound.clip.duration - seconds)
+        return replace(sound, wav=sound.wav[:, samples:], clip=clip)
+
+
+@torch.no_grad()
+def original(model: VideoToAudio, clip: Clip, compressed: bool) -> Sound:
+    """The clip's own sound, through the tokenizer and back where it is to be `compressed`: the best that any LM could do."""
+    tokenizer = model.task.tokenizer
+    wav = read_audio(clip.video, clip.start, clip.duration, tokenizer.sample_rate, tokenizer.channels)
+    if compressed:
+        codes = tokenizer.encode(wav.unsqueeze(0).to(model.device))
+        wav = tokenizer.decode(codes)[0, :, : wav.shape[1]].cpu()
+    return Sound(wav, tokenizer.sample_rate, clip)
+
+
 def _draw(
-    model: VideoToAudio, batch: list[Wanted], how: How, prompt: Tensor | None, shown: Bar, failed: list[str]
+    model: VideoToAudio, batch: list[Wanted], how: How, begin: Beginning, shown: Bar, failed: list[str]
 ) -> list[tuple[Sound, int]]:
     """The sounds of a batch with their numbers; a clip that cannot be read is told in `failed`."""
-    begun, features = shown.done, dict[str, Tensor]()
+    done, features, prompts = shown.done, dict[str, Tensor](), dict[str, Tensor | None]()
     for clip in {clip.id: clip for clip, _ in batch}.values():
-        shown.update(begun, f"look at {clip.id}")
+        shown.update(done, f"look at {clip.id}")
         with _noted(failed):
+            prompts[clip.id] = begin.prompts(model, [clip])
             features[clip.id] = model.features(clip)
     readable = [(clip, number) for clip, number in batch if clip.id in features]
     sounds: list[Sound] = []
@@ -280,9 +391,11 @@ def _draw(
         clips, numbers = zip(*readable, strict=True)
         note = "sound for " + (clips[0].id if len(features) == 1 else f"{len(features)} videos")
         stacked = torch.cat([features[clip.id] for clip in clips])
+        first = [prompt for clip in clips if (prompt := prompts[clip.id]) is not None]
+        prompt = torch.cat(first) if first else None
         with _noted(failed):
-            sounds = model.sounds(clips, stacked, how, prompt, lambda done, _: shown.update(begun + done, note), numbers)
-    shown.update(begun + model.num_steps(batch[0][0].duration))
+            sounds = model.sounds(clips, stacked, how, prompt, lambda steps, _: shown.update(done + steps, note), numbers)
+    shown.update(done + model.num_steps(batch[0][0].duration))
     return [(sound, number) for sound, (_, number) in zip(sounds, readable, strict=False)]
 
 
@@ -304,21 +417,31 @@ def batches(clips: Sequence[Clip], samples: int, batch_size: int) -> list[list[W
     return work
 
 
-def find_clips(video: str | Path, start: float, duration: float | None) -> tuple[list[Clip], list[str]]:
-    """The clips that `video`, a file, a folder or a manifest, names, and a sentence for each that cannot be used.
+def find_clips(
+    video: str | Path | None, start: float, duration: float | None, data: Any = None
+) -> tuple[list[Clip], list[str]]:
+    """The clips that `video` (a file, folder or manifest) or else `data` names, and a sentence for each that cannot be used.
 
     Their ids are what their samples are called. Raises InputError where nothing can be looked for.
     """
-    path = Path(video)
+    if (video is None) == (data is None):
+        raise InputError("give video=FILE_OR_FOLDER, or a corpus by data, one of the two")
+    failed: list[str] = []
+    if video is not None:
+        path, listed = Path(video), Path(video).suffix == ".jsonl"
+        named = list(_named_clips(path))
+    else:
+        selection = instantiate(data, duration=duration)
+        path, listed, named = "data", True, selection.clips
+        failed += selection.left_out
     check_span(path, start, duration)
-    named = list(_named_clips(path))
     twice = [name for name, times in Counter(clip.id for clip in named).items() if times > 1]
     if twice:
         raise InputError(f"{path} names '{twice[0]}' twice, and its samples would be written over; give every clip its own id")
-    clips, failed = [], list[str]()
+    clips = []
     for clip in track(named, "look at the videos", len(named)):
         with _noted(failed):
-            length = clip.duration - start if duration is None and path.suffix == ".jsonl" else duration
+            length = clip.duration - start if duration is None and listed else duration
             span = open_clip(clip.video, clip.start + start, length)
             clips.append(replace(clip, start=span.start, duration=span.duration))
     return clips, failed

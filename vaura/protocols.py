@@ -9,13 +9,25 @@ Shape legend, used in every docstring:
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Protocol, runtime_checkable
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor
 
 ABSENT = -1
 """A code that is not there: padding, or not generated yet. It is never embedded and never scored."""
+
+
+class Codebook(NamedTuple):
+    """How a codec turns the codes of one codebook into vectors: table[code] through scale * direction / |direction|, plus bias.
+
+    A token LM may begin with these in place of chance. `Tokenizer`s that have them offer them as `codebooks()`.
+    """
+
+    table: Tensor  # (V, d)
+    scale: Tensor  # (E, 1)
+    direction: Tensor  # (E, d)
+    bias: Tensor  # (E,)
 
 
 @runtime_checkable
@@ -49,6 +61,8 @@ class Encoder(Protocol):
     frame_rate: float  # features per second, never rounded; feature m covers [m, m + 1) / frame_rate seconds
     fps: float  # video frames per second it wants
     size: int  # side of the square frame it wants, pixels
+    resize: int  # short side of the picture from which that square is cut, pixels
+    segment: int  # video frames it looks at as one; it wants whole numbers of these
     context: float  # seconds on either side of an instant that its feature depends on
 
     def __call__(self, video: Tensor) -> Tensor:
@@ -68,18 +82,18 @@ class Vocoder(Protocol):
 
 @dataclass(frozen=True)
 class Condition:
-    """What the LM may look at besides its own tokens. `channel` (B, T, C) holds one vector a token frame."""
+    """What the LM may look at besides its own tokens.
+
+    `channel` (B, T, C) holds one vector a token frame, the first of them for token frame `start`.
+    """
 
     channel: Tensor | None = None
-
-    def window(self, start: int, stop: int) -> Condition:
-        """The part that belongs to token frames [start, stop)."""
-        return self if self.channel is None else replace(self, channel=self.channel[:, start:stop])
+    start: int = 0
 
 
 class Conditioner(Protocol):
-    """Features -> condition. Rows marked in `drop` (B,) bool see the learned null: training dropout, and guidance later."""
+    """Features -> condition. Rows marked in `drop` (B,) bool see the null: training dropout, and guidance later."""
 
-    def __call__(self, features: Tensor, frames: int, drop: Tensor | None = None) -> Condition:
-        """features (B, M, E) -> the condition of `frames` token frames."""
+    def __call__(self, features: Tensor, frames: int, drop: Tensor | None = None, start: int = 0) -> Condition:
+        """features (B, M, E) of a clip -> the condition of its token frames [start, start + frames)."""
         ...

@@ -46,8 +46,17 @@ def cover(duration: Seconds, rate: Hertz) -> int:
     return math.ceil(exact(duration) * exact(rate))
 
 
-def align(frames: int, frame_rate: Hertz, feature_rate: Hertz) -> Tensor:
-    """For each of `frames` token frames, the feature on show at the frame's middle: (frames,) int64.
+def floor(duration: Seconds, rate: Hertz) -> int:
+    """Number of whole frames in `duration`.
+
+    >>> floor(2.56, 44100 / 512)
+    220
+    """
+    return math.floor(exact(duration) * exact(rate))
+
+
+def align(frames: int, frame_rate: Hertz, feature_rate: Hertz, start: int = 0) -> Tensor:
+    """For each token frame of [start, start + frames), the feature on show at the frame's middle: (frames,) int64.
 
     The index may point past the last feature; the caller clamps.
 
@@ -55,8 +64,19 @@ def align(frames: int, frame_rate: Hertz, feature_rate: Hertz) -> Tensor:
     [0, 0, 1, 1, 2, 2]
     """
     ratio = exact(feature_rate) / exact(frame_rate)
-    middle = 2 * torch.arange(frames, dtype=torch.int64) + 1
+    middle = 2 * torch.arange(start, start + frames, dtype=torch.int64) + 1
     return (middle * ratio.numerator).div(2 * ratio.denominator, rounding_mode="floor")
+
+
+def align_repeated(frames: int, frame_rate: Hertz, feature_rate: Hertz, start: int, repeat: int) -> Tensor:
+    """Features from the one nearest to token frame `start`, each named `repeat` times, as many as begin within `frames`.
+
+    >>> align_repeated(4, 50, 20, 5, repeat=3).tolist()
+    [2, 2, 2, 3, 3, 3]
+    """
+    first = math.floor(start * exact(feature_rate) / exact(frame_rate) + Fraction(1, 2))
+    features = math.ceil(Fraction(frames, repeat))
+    return first + torch.arange(features * repeat, dtype=torch.int64).div(repeat, rounding_mode="floor")
 
 
 @dataclass(frozen=True)
@@ -68,16 +88,49 @@ class Window:
     prompt: int
 
 
-def windows(frames: int, window: int, stride: int) -> list[Window]:
-    """Windows of at most `window` frames, `stride` apart, that together generate each of `frames` frames once.
+def windows(frames: int, frame_rate: Hertz, window: Seconds, stride: Seconds) -> list[Window]:
+    """Windows of at most `window` seconds that together generate each of `frames` token frames once.
 
-    >>> windows(10, 6, 2)
+    Window i begins at the frame nearest to i * stride, so the distance to true time never adds up.
+
+    >>> windows(10, 1, 6, 2)
     [Window(start=0, stop=6, prompt=0), Window(start=2, stop=8, prompt=4), Window(start=4, stop=10, prompt=4)]
     """
-    if not 0 < stride <= window:
-        raise ValueError(f"a stride lies between 1 frame and the window of {window} frames; it is {stride}")
-    spans = [Window(0, min(window, frames), 0)]
+    length, step = max(cover(window, frame_rate), 1), exact(stride) * exact(frame_rate)
+    if not 0 < exact(stride) <= exact(window):
+        raise ValueError(f"a stride lies above 0 and within the window of {window} s; it is {stride} s")
+    spans = [Window(0, min(length, frames), 0)]
+    number = 0
     while spans[-1].stop < frames:
-        start = spans[-1].start + stride
-        spans.append(Window(start, min(start + window, frames), spans[-1].stop - start))
+        number += 1
+        start = count(number, step)
+        if start > spans[-1].start:  # a stride of less than a frame moves on after several
+            spans.append(Window(start, min(start + length, frames), spans[-1].stop - start))
     return spans
+
+
+PUBLISHED_RATE, PUBLISHED_WINDOW, PUBLISHED_FPS, PUBLISHED_SEGMENT = 86, Fraction(64, 25), 25, 16
+"""What V-AURA's own generation counts with: 86 token frames a second (DAC has 86.13), windows of 2.56 s, and so on."""
+
+
+def published_windows(duration: Seconds, stride: Seconds) -> list[tuple[Window, range]]:
+    """The windows of V-AURA's own generation and the segments of the picture that each of them sees.
+
+    Kept for its tokens. Sound and picture drift apart by 41 ms in 20 s, and by half a second after 55 s.
+    """
+    duration, step = exact(duration), math.floor(PUBLISHED_RATE * exact(stride))
+    total = math.floor(duration * PUBLISHED_RATE)
+    if duration <= PUBLISHED_WINDOW:
+        return [(Window(0, total, 0), range(math.floor(duration * PUBLISHED_FPS) // PUBLISHED_SEGMENT))]
+    found: list[tuple[Window, range]] = []
+    offset = prompt = 0
+    while offset + prompt < total:
+        begin = Fraction(offset, PUBLISHED_RATE)
+        length = min(duration - begin, PUBLISHED_WINDOW)
+        stop = offset + math.ceil(length * PUBLISHED_RATE)
+        frame = math.ceil(begin * PUBLISHED_FPS)
+        segments = range(frame // PUBLISHED_SEGMENT, (frame + math.ceil(length * PUBLISHED_FPS)) // PUBLISHED_SEGMENT)
+        found.append((Window(offset, stop, prompt), segments))
+        offset += step
+        prompt = stop - offset
+    return found

@@ -1,30 +1,44 @@
-"""The verb `train`: fit what is not fitted yet, then the token LM."""
+"""The verbs `train`, which fits what is not fitted yet and then the token LM, and `test`, which measures it."""
 
 from __future__ import annotations
 
+import json
 import logging
 import time
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from hydra.errors import InstantiationException
 from lightning import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from vaura import experiment
+from vaura.checkpoint import CHECKPOINTS, best_checkpoint
 from vaura.components import check_components, instantiate
 from vaura.data.module import VideoData
 from vaura.errors import InputError
+from vaura.files import write_aside
 from vaura.progress import track
 from vaura.run_folder import run_dir
 from vaura.seeds import seed_of
-from vaura.task.callbacks import FiniteLoss, GradientNorm, LastCheckpoint, Preview, StepBar, StepSeeds
+from vaura.task.callbacks import (
+    CodebookChart,
+    EarlyStopping,
+    FiniteLoss,
+    GradientNorm,
+    LastCheckpoint,
+    Preview,
+    StepBar,
+    StepSeeds,
+)
 from vaura.task.token_prediction import TokenPrediction
+from vaura.timing import count
 
 for chatter in ("lightning.pytorch", "lightning.fabric"):
     logging.getLogger(chatter).setLevel(logging.WARNING)
@@ -62,6 +76,8 @@ def train(config: DictConfig) -> Path:
         data = load_data(config, task)
         prepare(config, task, data, folder)
         learn(config, task, data, folder)
+        if config.test_at_end and data.clips["test"]:
+            measure(config, task, data, folder, best_checkpoint(folder))
     except KeyboardInterrupt as stop:
         raise KeyboardInterrupt(f"the same command with hydra.run.dir={folder} goes on") from stop
     if rank_zero_only.rank == 0:
@@ -69,8 +85,43 @@ def train(config: DictConfig) -> Path:
     return folder
 
 
+def test(config: DictConfig) -> dict[str, float]:
+    """The loss of a checkpoint on the test clips, over all and for each codebook; kept in the experiment's test.json.
+
+    The checkpoint is `resume`, as the best one beside it is called in the config of an experiment.
+    """
+    check_components(config)
+    if config.resume is None:
+        raise InputError("say what to test: resume=EXPERIMENT/checkpoints/FILE.ckpt, or trainer.ckpt_path= the same")
+    folder = run_dir()
+    task = experiment.build(config, folder)
+    data = load_data(config, task, ("test",))
+    return measure(config, task, data, folder, Path(config.resume))
+
+
+def measure(config: DictConfig, task: TokenPrediction, data: VideoData, folder: Path, checkpoint: Path) -> dict[str, float]:
+    """The losses of `checkpoint` on the test clips, in nats, printed and written to `folder`/test.json."""
+    content = experiment.read_weights(checkpoint)
+    experiment.check_model(content, task, checkpoint)
+    task.load_state_dict(content["state_dict"])
+    engine = build_trainer(config.trainer, enable_progress_bar=False, enable_model_summary=False, logger=False)
+    engine.test(task, data.loader("test", engine.global_rank, engine.world_size), verbose=False)
+    losses = {name.removeprefix("test/"): float(loss) for name, loss in sorted(engine.callback_metrics.items())}
+    if engine.is_global_zero:
+        with write_aside(folder / "test.json") as aside:
+            aside.write_text(json.dumps({"checkpoint": str(checkpoint), "clips": len(data.clips["test"]), **losses}, indent=2))
+        print("test: " + ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items()))
+    return losses
+
+
 def build_trainer(trainer: DictConfig, **supplied: Any) -> Trainer:
     """Lightning's Trainer. Raises InputError where it refuses its settings or the machine lacks what they ask for."""
+    if (
+        torch.cuda.device_count() == 0
+        and trainer.get("accelerator") in ("auto", "cpu")
+        and OmegaConf.is_list(trainer.get("devices"))
+    ):
+        supplied["devices"] = len(trainer.devices)  # numbers of GPUs, where there is none: as many processes
     try:
         return instantiate(trainer, **supplied)
     except InstantiationException as error:
@@ -78,13 +129,21 @@ def build_trainer(trainer: DictConfig, **supplied: Any) -> Trainer:
         raise InputError(f"the trainer's settings will not do: {reason}") from error
 
 
-def load_data(config: DictConfig, task: TokenPrediction) -> VideoData:
-    """The run's data, read as its encoder and its tokenizer want it."""
+def load_data(config: DictConfig, task: TokenPrediction, needs: Sequence[str] = ("train",)) -> VideoData:
+    """The run's data, read as its encoder and its tokenizer want it. Raises InputError where a split of `needs` is empty."""
     encoder, tokenizer = task.encoder, task.tokenizer
+    if (frames := count(config.data.duration, encoder.fps)) % encoder.segment:
+        whole = max(frames // encoder.segment, 1) * encoder.segment / encoder.fps
+        raise InputError(
+            f"data.duration={config.data.duration:g} s are {frames} video frames, and the encoder looks at {encoder.segment} "
+            f"as one; set data.duration={whole:g}"
+        )
     return instantiate(
         config.data,
         fps=encoder.fps,
         size=encoder.size,
+        resize=encoder.resize,
+        needs=needs,
         sample_rate=tokenizer.sample_rate,
         channels=tokenizer.channels,
     )
@@ -130,18 +189,27 @@ def teach_encoder(config: DictConfig, task: TokenPrediction, data: VideoData, fo
 def learn(config: DictConfig, task: TokenPrediction, data: VideoData, folder: Path) -> None:
     """Train the token LM with checkpoints by validation loss, early stopping and sound to listen to."""
     settings = config.logging
-    watchers: list[Callback] = [LearningRateMonitor("step")]
+    watchers: list[Callback] = [LearningRateMonitor("step"), CodebookChart()]
     if data.clips["val"]:
         watchers += [
             ModelCheckpoint(
-                folder / experiment.CHECKPOINTS,
+                folder / CHECKPOINTS,
                 filename="epoch={epoch}-step={step}-val_loss={val/loss:.3f}",
                 auto_insert_metric_name=False,
                 monitor="val/loss",
                 save_top_k=settings.keep_best,
+                save_on_train_epoch_end=False,  # but behind a validation: a run may go on at an epoch's end without one
             ),
-            EarlyStopping("val/loss", patience=settings.patience),
-            Preview(data.dataset("val"), settings.preview_clips, instantiate(settings.sampler), settings.guidance),
+            EarlyStopping("val/loss", patience=settings.patience, check_on_train_epoch_end=False),
+            Preview(
+                data.dataset("val"),
+                settings.preview_clips,
+                instantiate(settings.sampler),
+                settings.guidance,
+                tracked=settings.tracked,
+                others=[data.dataset("train")] if settings.tracked else [],
+                histograms=settings.histograms,
+            ),
         ]
     every = settings.last_every
     fit(task, data, config.trainer, folder, config.seed, "train the token LM", every, watchers, resume=config.resume)
@@ -163,7 +231,7 @@ def fit(
     """Lightning's fit in `folder`. Goes on from `resume`, or from the last checkpoint that the folder holds already."""
     if taken := [name for name in HOUSE if name in trainer]:
         raise InputError(f"trainer.{taken[0]} is the house's own to decide; remove it from the config")
-    last = LastCheckpoint(folder / experiment.CHECKPOINTS, last_every)
+    last = LastCheckpoint(folder / CHECKPOINTS, last_every)
     theirs = [instantiate(node) for node in trainer.get("callbacks") or ()]
     engine = build_trainer(
         trainer,

@@ -75,6 +75,81 @@ def test_a_random_cut_belongs_to_seed_epoch_and_clip():
     assert reader([a], random_start=True, seed=2).start_of(0, 0) != one.start_of(0, 0)
 
 
+def test_a_random_view_belongs_to_seed_epoch_and_clip():
+    a, b = Clip("a", Path("a.mp4"), 5.0), Clip("b", Path("b.mp4"), 5.0)
+    random = {"random_crop": True, "flip": 0.5}
+    one, other = reader([a, b], **random, seed=1), reader([b, a], **random, seed=1)
+    assert [one.view_of(epoch, 0) for epoch in range(5)] == [other.view_of(epoch, 1) for epoch in range(5)]
+    views = [one.view_of(epoch, index) for epoch in range(100) for index in range(2)]
+    across, down = torch.tensor([place for place, _ in views]).T
+    assert len({place for place, _ in views}) == 200
+    assert 0 <= min(across.min(), down.min()) < 0.05
+    assert 0.95 < max(across.max(), down.max()) < 1
+    assert abs(torch.corrcoef(torch.stack([across, down]))[0, 1]) < 0.2
+    assert 75 < sum(flip for _, flip in views) < 125
+    assert reader([a], **random, seed=2).view_of(0, 0) != one.view_of(0, 0)
+
+
+def test_views_are_fixed_unless_asked_otherwise():
+    clips = [Clip(name, Path("x.mp4"), 5.0) for name in "abcd"]
+    plain = reader(clips, seed=3)
+    assert {plain.view_of(epoch, index) for epoch in range(20) for index in range(4)} == {((0.5, 0.5), False)}
+    mirrored = reader(clips, flip=1.0)
+    assert {mirrored.view_of(epoch, index) for epoch in range(20) for index in range(4)} == {((0.5, 0.5), True)}
+
+
+@pytest.fixture(scope="module")
+def ramps(tmp_path_factory) -> list[Clip]:
+    """Wide pictures whose red says how far to the right a pixel lies and whose brightness grows with time."""
+    red = torch.linspace(40, 200, 64).expand(32, 64)
+    frames = torch.stack([torch.stack([red, *[torch.full((32, 64), 40.0 + 3 * n)] * 2]) for n in range(2 * FPS)]).byte()
+    path = tmp_path_factory.mktemp("ramps") / "ramp.mp4"
+    write_video(path, frames, FPS, torch.zeros(1, 2 * RATE), RATE)
+    return [Clip(name, path, 2.0, split=split) for name, split in zip("abcdef", ["train"] * 4 + ["val"] * 2, strict=True)]
+
+
+def seen_by(clips: list[Clip], *, seed: int, epochs: int, workers: int = 0, world_size: int = 1, shuffle: bool = True):
+    """(epoch, clip) -> its start and what its pixels show of place and flip, by all the processes of a run."""
+    random = {"random_start": shuffle, "random_crop": shuffle, "flip": 0.5 * shuffle}
+    found = {}
+    for rank in range(world_size):
+        order = EpochOrder(len(clips), shuffle=shuffle, seed=seed, rank=rank, world_size=world_size)
+        dataset = reader(clips, 0.4, size=16, resize=32, seed=seed, **random)
+        loader = ClipLoader(dataset, order, 1, workers)
+        for epoch in range(epochs):
+            for batch in loader:
+                red = batch["video"][0, 0, 0].float().mean(0)
+                shown = round(float(red.min()), 2), bool(red[0] > red[-1])
+                found[epoch, batch["id"][0]] = (float(batch["start"]), *shown)
+    return found
+
+
+def test_training_is_cut_anew_by_epoch_and_seed_and_by_nothing_else(ramps):
+    train = [clip for clip in ramps if clip.split == "train"]
+    first = seen_by(train, seed=1, epochs=3)
+    assert len(first) == 12
+    for what in (0, 1):  # starts, then places
+        assert len({view[what] for view in first.values()}) == 12
+    assert len({view[2] for view in first.values()}) == 2
+    assert seen_by(train, seed=1, epochs=3) == first
+    assert seen_by(train, seed=1, epochs=3, workers=2) == first
+    assert seen_by(train, seed=1, epochs=3, world_size=2) == first
+    other = seen_by(train, seed=2, epochs=3)
+    assert not {view[0] for view in other.values()} & {view[0] for view in first.values()}
+
+
+def test_validation_is_the_same_every_time(ramps):
+    val = [clip for clip in ramps if clip.split == "val"]
+    first = seen_by(val, seed=1, epochs=2, shuffle=False)
+    assert {view[0] for view in first.values()} == {0.0}
+    assert len(set(first.values())) == 1
+    assert seen_by(val, seed=2, epochs=2, shuffle=False) == first
+    assert seen_by(val, seed=1, epochs=2, shuffle=False, workers=1) == first
+    middle = reader(val, 0.4, size=16, resize=32)[0, 0]["video"]
+    assert not (middle[0, 0, :, 0] > middle[0, 0, :, -1]).any()
+    assert middle[:, 0].float().mean() == pytest.approx(120, abs=6)
+
+
 def test_clips_without_room_begin_where_they_begin():
     clips = [Clip("a", Path("a.mp4"), 2.0, 3.0), Clip("b", Path("b.mp4"), 1.9, 4.0)]
     dataset = reader(clips, random_start=True)

@@ -1,11 +1,12 @@
 import json
+import math
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
-from vaura.data.manifest import Clip, find_videos, read_manifest, scan_folder, write_manifest
+from vaura.data.manifest import Clip, find_videos, in_split, read_manifest, scan_folder, usable, verify, write_manifest
 from vaura.errors import InputError
 from vaura.media.mux import write_video
 
@@ -162,3 +163,88 @@ def test_either_side_has_a_clip(tmp_path, whole, val_share):
     with pytest.raises(InputError, match=r"0\.mp4.*only usable"):
         scan_folder(tmp_path, 0.5, val_share)
     assert [clip.split for clip in scan_folder(tmp_path, 0.5, 0.0)[0]] == ["train"]
+
+
+def test_a_link_to_a_video_is_written_under_its_own_name(tmp_path, whole):
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links" / "mine.mp4").symlink_to(whole)
+    clips = [Clip("mine", tmp_path / "links" / "mine.mp4", 1.0)]
+    write_manifest(tmp_path / "m.jsonl", clips)
+    assert read_manifest(tmp_path / "m.jsonl") == clips
+
+
+def test_a_fact_cannot_take_the_place_of_what_a_clip_is(tmp_path):
+    clip = Clip("a", tmp_path / "a.mp4", 2.0, 0.5, "val", {"start": 7, "split": "dev", "note": "kept"})
+    write_manifest(tmp_path / "m.jsonl", [clip])
+    (read,) = read_manifest(tmp_path / "m.jsonl")
+    assert (read.start, read.split, read.facts) == (0.5, "val", {"note": "kept"})
+
+
+def test_clips_to_predict_are_their_own_split_or_marked_in_another(tmp_path):
+    clips = [
+        Clip("a", tmp_path / "a.mp4", 1.0, split="train", facts={"predict": True}),
+        Clip("b", tmp_path / "b.mp4", 1.0, split="train"),
+        Clip("c", tmp_path / "c.mp4", 1.0, split="predict"),
+    ]
+    write_manifest(tmp_path / "m.jsonl", clips)
+    read = read_manifest(tmp_path / "m.jsonl")
+    assert {split: "".join(clip.id for clip in in_split(read, split)) for split in ("train", "val", "test", "predict")} == {
+        "train": "ab",
+        "val": "",
+        "test": "",
+        "predict": "ac",
+    }
+    with pytest.raises(InputError, match=r"'trian' is no split.*Did you mean 'train'"):
+        in_split(read, "trian")
+
+
+def test_what_is_there_and_long_enough_is_usable_unopened(tmp_path):
+    for name in ("one/a.mp4", "one/b.mp4", "two/c.mp4"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("not opened")
+    a, b, c = (Clip(name[-5], tmp_path / name, 2.0) for name in ("one/a.mp4", "one/b.mp4", "two/c.mp4"))
+    gone, nowhere = Clip("d", tmp_path / "one" / "d.mp4", 2.0), Clip("e", tmp_path / "three" / "e.mp4", 2.0)
+    late = Clip("f", tmp_path / "two" / "c.mp4", 0.5, start=1.5)
+    held = Clip("g", tmp_path / "two" / "c.mp4", 0.99)
+    assert usable([c, gone, a, nowhere, b], None) == (
+        [c, a, b],
+        [f"there is no video {gone.video}", f"there is no video {nowhere.video}"],
+    )
+    assert usable([late, a, held], 1.0) == (
+        [a, held],
+        [f"{late.video} lasts 0.50 s from 1.5 s on, shorter than the 1 s of a clip"],
+    )
+
+
+def test_clips_of_unknown_length_are_opened(tmp_path, whole):
+    (tmp_path / "text.mp4").write_text("no video")
+    named = [Clip("a", whole, math.nan, 0.25), Clip("b", tmp_path / "text.mp4", math.nan), Clip("c", whole, 5.0)]
+    clips, left_out = usable(named, 0.7)
+    assert [(clip.id, clip.duration) for clip in clips] == [("a", pytest.approx(0.75, abs=0.01)), ("c", 5.0)]
+    assert len(left_out) == 1
+    assert "text.mp4" in left_out[0]
+
+
+@pytest.mark.parametrize("workers", [0, 1, 3])
+def test_verifying_measures_and_tells_of_what_cannot_be_read(tmp_path, whole, workers):
+    (tmp_path / "text.mp4").write_text("no video")
+    silent = video(tmp_path / "silent.mp4", sound=False)
+    clips = [
+        Clip("said too much", whole, 10.0),
+        Clip("said less", whole, 0.6, 0.1),
+        Clip("late", whole, 5.0, start=0.75),
+        Clip("later", whole, 5.0, start=3.0),
+        Clip("text", tmp_path / "text.mp4", 10.0),
+        Clip("silent", silent, 1.0),
+    ]
+    kept, left_out = verify(clips, 0.5, workers)
+    assert [(clip.id, clip.duration) for clip in kept] == [
+        ("said too much", pytest.approx(1.0, abs=0.01)),
+        ("said less", 0.6),
+    ]
+    assert len(left_out) == 4
+    assert "lasts 0.25 s from 0.75 s on, shorter than the 0.5 s" in left_out[0]
+    assert "would begin at 3 s" in left_out[1]
+    assert "text.mp4" in left_out[2]
+    assert "silent.mp4 has no sound" in left_out[3]
+    assert [clip.id for clip in verify(clips[-1:], None, workers, needs_sound=False)[0]] == ["silent"]

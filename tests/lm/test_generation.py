@@ -2,11 +2,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from vaura.lm.generation import generate, generate_long, generate_slow
+from vaura.lm.generation import generate, generate_rolling, generate_slow, generate_windows
 from vaura.lm.llama import TokenLM
-from vaura.lm.sampling import Sampler, draw_uniform
+from vaura.lm.sampling import Guidance, Sampler, draw_uniform
 from vaura.protocols import ABSENT, Condition
-from vaura.timing import windows
+from vaura.timing import Window, windows
 
 K, V, C, T = 3, 13, 8, 7
 SAMPLED, GREEDY = Sampler(1.0, top_k=8), Sampler(0.0)
@@ -22,6 +22,20 @@ def make(pattern: str = "delay") -> TokenLM:
 
 def condition_of(rows: int, frames: int = T) -> Condition:
     return Condition(torch.randn(rows, frames, C, generator=torch.Generator().manual_seed(1)))
+
+
+def part(condition: Condition, span: Window) -> Condition:
+    return Condition(condition.channel[:, span.start : span.stop], span.start)
+
+
+def generate_long(lm: TokenLM, condition: Condition, frames: int, *, window: int, stride: int, **how) -> Tensor:
+    """By windows of token frames, which each see their own slice of one condition."""
+    spans = windows(frames, 1, window, stride)
+
+    def seen(span: Window) -> Condition:
+        return Condition(condition.channel[:, span.start : span.stop])
+
+    return generate_windows(lm, seen, spans, **how)
 
 
 def prompt_of(batch: int, frames: int) -> Tensor:
@@ -124,7 +138,8 @@ def test_a_later_window_goes_on_from_the_codes_before_it():
     codes = generate_long(lm, condition, frames, window=8, stride=6, seeds=[0, 1], sampler=GREEDY)
     for start, stop, known in [(0, 8, 0), (6, 14, 2)]:
         prompt = codes[:, :, start : start + known] if known else None
-        piece = generate(lm, condition.window(start, stop), stop - start, seeds=[0, 0], sampler=GREEDY, prompt=prompt)
+        here = Condition(condition.channel[:, start:stop])
+        piece = generate(lm, here, stop - start, seeds=[0, 0], sampler=GREEDY, prompt=prompt)
         assert torch.equal(codes[:, :, start:stop], piece)
 
 
@@ -136,14 +151,14 @@ def test_every_window_sees_its_own_slice_of_the_condition(guidance):
     for k in range(K):
         torch.nn.init.zeros_(lm.embeddings[k].weight)
         lm.heads[k].weight.data = torch.eye(V, 2 * V)
-    lm.after_end.data = torch.eye(V)[end]
+    lm.after_end.data = torch.eye(V)[end].view(1, 1, V)
     seen = torch.randint(0, labels, (frames,), generator=torch.Generator().manual_seed(3))
     channel = torch.eye(V)[seen].unsqueeze(0)
     condition = Condition(channel if guidance == 1.0 else torch.cat([channel, torch.zeros_like(channel)]))
     how = {"seeds": [0], "sampler": GREEDY, "guidance": guidance}
     for window, stride in [(23, 5), (8, 4), (7, 7), (6, 1)]:
         codes = generate_long(lm, condition, frames, window=window, stride=stride, **how)[0]
-        for span in windows(frames, window, stride):
+        for span in windows(frames, 1, window, stride):
             for t in range(span.start + span.prompt, span.stop):
                 for k in range(K):
                     assert codes[k, t] == (seen[t + k] if t + k < span.stop else end)
@@ -183,3 +198,57 @@ def test_nothing_is_left_to_the_global_random_numbers():
     torch.manual_seed(1)
     assert torch.equal(generate(lm, condition, T, seeds=[3], sampler=SAMPLED), first)
     assert (first != ABSENT).all()
+
+
+def slow_stream(lm: TokenLM, condition: Condition, frames: int, reach: int, seeds: list[int], guidance, prompt) -> Tensor:
+    """One full pass for every step, in which a step looks at `reach` steps and at step 0."""
+    given = 0 if prompt is None else prompt.shape[2]
+    codes = torch.full((len(seeds), K, frames), ABSENT)
+    codes[:, :, :given] = prompt if prompt is not None else 0
+    draws = draw_uniform(seeds, lm.num_steps(frames), K)
+    rows = 2 if guidance != 1.0 else 1
+    for s in range(given, lm.num_steps(frames)):
+        so_far = torch.full((len(seeds), K, lm.num_steps(frames)), ABSENT)
+        for k, late in enumerate(lm.delays):
+            so_far[:, k, late : late + frames] = codes[:, k]
+        so_far = torch.nn.functional.pad(so_far[:, :, :s], (1, 0), value=ABSENT)
+        logits = lm.step(torch.cat([so_far] * rows), condition, reach=reach)[:, :, -1]
+        tokens = SAMPLED(Guidance(guidance)(logits, 0.0), draws[:, s])
+        for k, late in enumerate(lm.delays):
+            if late <= s < late + frames and codes[0, k, s - late] == ABSENT:
+                codes[:, k, s - late] = tokens[:, k]
+    return codes
+
+
+@pytest.mark.parametrize("pattern", ["delay", "parallel"])
+@pytest.mark.parametrize(("guidance", "prompted"), [(1.0, 0), (3.0, 0), (1.0, 3), (1.0, 17), (3.0, 9)])
+@torch.no_grad()
+def test_a_stream_through_a_cache_that_forgets_is_attention_of_that_reach(pattern, guidance, prompted):
+    lm, frames, window = make(pattern), 40, 6
+    condition = condition_of(2 if guidance == 1.0 else 4, frames)
+    prompt = prompt_of(2, prompted) if prompted else None
+    spans = windows(frames, 1, window, 4)
+    how = {"seeds": [1, 2], "sampler": SAMPLED, "guidance": guidance, "prompt": prompt}
+    codes = generate_rolling(lm, lambda span: part(condition, span), spans, **how)
+    assert torch.equal(codes, slow_stream(lm, condition, frames, lm.num_steps(window), [1, 2], guidance, prompt))
+
+
+def test_a_stream_no_longer_than_its_reach_is_plain_generation():
+    lm, condition = make(), condition_of(2)
+    how = {"seeds": [3, 4], "sampler": SAMPLED}
+    codes = generate_rolling(lm, lambda _: condition, [Window(0, T, 0)], **how)
+    assert torch.equal(codes, generate(lm, condition, T, **how))
+
+
+@torch.no_grad()
+def test_a_course_of_guidance_has_its_scale_at_every_step():
+    lm, both = make(), condition_of(4)
+    course = Guidance(4.0, end=1.5, shape="cosine")
+    codes = generate(lm, both, T, seeds=[0, 0], sampler=GREEDY, guidance=course)
+    assert torch.equal(codes, generate_slow(lm, both, T, seeds=[0, 0], sampler=GREEDY, guidance=course))
+    given, null = Condition(both.channel[:2]), Condition(both.channel[2:])
+    last = lm.num_steps(T) - 1
+    scale = torch.tensor([[course.at((t + k) / last) for t in range(T)] for k in range(K)]).unsqueeze(-1)
+    logits = lm(codes, null) + scale * (lm(codes, given) - lm(codes, null))
+    assert torch.equal(codes, logits.argmax(-1))
+    assert [course.at(done) for done in (0.0, 0.5, 1.0)] == [4.0, 2.75, 1.5]

@@ -47,7 +47,7 @@ def slow_step(lm: TokenLM, steps: Tensor, channel: Tensor | None) -> Tensor:
     rows = []
     for s in range(positions):
         token = sum(p[f"embeddings.{k}.weight"][V if steps[k, s] == ABSENT else int(steps[k, s])] for k in range(K))
-        look = [] if channel is None else [channel[s].double() if s < len(channel) else p["after_end"]]
+        look = [] if channel is None else [channel[s].double() if s < len(channel) else p["after_end"].flatten()]
         rows.append(torch.cat([*look, token]))
     x = torch.stack(rows)
     width = D // lm.num_heads

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from vaura.errors import InputError
-from vaura.media.video import probe, read_video
+from vaura.media.video import crop, evenly_spaced, probe, read_video, resized, segment_starts
 
 BITS = 8
 SHARED = Path(os.environ.get("VAURA_SHARED", Path(__file__).parents[3] / "shared"))
@@ -200,6 +200,74 @@ def test_size_is_the_antialiased_middle_square(tmp_path, height, width):
     assert (read_video(path, size=32).float() - expected).abs().mean() < 2
 
 
+def triangle(length, wanted):
+    """(wanted, length) weights of an antialiased bilinear filter: a triangle as wide as two output pixels where it shrinks."""
+    scale = length / wanted
+    centre = (np.arange(wanted) + 0.5) * scale
+    distance = np.abs(np.arange(length) + 0.5 - centre[:, None]) / max(scale, 1)
+    weights = np.clip(1 - distance, 0, None)
+    return weights / weights.sum(1, keepdims=True)
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "short", "shape"),
+    [
+        (90, 160, 45, (45, 80)),
+        (160, 90, 61, (108, 61)),  # 108.4
+        (77, 101, 20, (20, 26)),  # 26.2
+        (36, 61, 64, (64, 108)),  # 108.4
+        (33, 50, 25, (25, 37)),  # 37.9, which torchvision rounds down
+        (40, 64, 40, (40, 64)),
+    ],
+)
+def test_resizing_is_the_triangle_filter(height, width, short, shape):
+    image = torch.randint(0, 256, (2, 3, height, width), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    got = resized(image, short)
+    assert got.shape == (2, 3, *shape)
+    want = np.einsum("ih,jw,nchw->ncij", triangle(height, shape[0]), triangle(width, shape[1]), image.double().numpy())
+    assert np.abs(got.numpy() - want).max() <= 1
+    assert torch.equal(resized(image[1], short), got[1])
+
+
+@pytest.mark.parametrize(("height", "width"), [(64, 96), (96, 64), (50, 63), (20, 28)])
+def test_reading_resized_is_resizing_what_is_read(tmp_path, height, width):
+    rng = np.random.default_rng(0)
+    path = write_clip(tmp_path / "clip.mp4", regular(3, 25), images=list(rng.integers(0, 255, (3, height, width, 3), np.uint8)))
+    small = resized(read_video(path), 40)
+    for size in (24, 32, 39):
+        top, left = round((small.shape[2] - size) / 2), round((small.shape[3] - size) / 2)
+        want = small[:, :, top : top + size, left : left + size]
+        assert torch.equal(read_video(path, size=size, resize=40), want)
+    assert torch.equal(read_video(path, resize=40), small)
+    assert torch.equal(read_video(path, size=32, resize=32), read_video(path, size=32))
+    with pytest.raises(InputError, match=r"clip\.mp4 resized to 31 pixels: a square of 32 does not fit"):
+        read_video(path, size=32, resize=31)
+
+
+def test_a_square_is_cut_where_it_is_wanted():
+    image = torch.arange(11 * 14).view(1, 11, 14)
+    assert torch.equal(crop(image, 8, (0.0, 0.0)), image[:, :8, :8])
+    assert torch.equal(crop(image, 8, (1.0, 1.0)), image[:, 3:, 6:])
+    assert torch.equal(crop(image, 8, (0.0, 1.0)), image[:, 3:, :8])
+    assert torch.equal(crop(image, 8, (0.7, 0.4)), image[:, 1:9, 4:12])
+    assert torch.equal(crop(image, 11), image[:, :, 2:13])  # 1.5 is rounded to the even number
+    assert torch.equal(crop(image, 9), image[:, 1:10, 2:11])  # and 2.5
+
+
+@pytest.mark.parametrize("matrix", [None, (0, 1, -1, 0), (-1, 0, 0, 1)], ids=["upright", "turned", "mirrored"])
+def test_place_and_flip_are_those_of_the_upright_picture(tmp_path, matrix):
+    ramp = np.linspace(20, 230, 96)[None, :, None] * np.linspace(0.4, 1, 64)[:, None, None]
+    image = np.broadcast_to(ramp, (64, 96, 3)).astype(np.uint8)
+    path = write_clip(tmp_path / "clip.mp4", regular(2, 25), images=[image] * 2)
+    path = turned(path, matrix) if matrix else path
+    whole = read_video(path, resize=48)
+    for place in [(0.0, 0.0), (1.0, 0.0), (0.3, 0.8)]:
+        straight = read_video(path, size=32, resize=48, place=place)
+        assert torch.equal(straight, crop(whole, 32, place))
+        assert torch.equal(read_video(path, size=32, resize=48, place=place, flip=True), straight.flip(-1))
+        assert torch.equal(read_video(path, size=32, place=place, flip=True), read_video(path, size=32, place=place).flip(-1))
+
+
 def test_fine_stripes_become_grey_not_moire(tmp_path):
     stripes = np.zeros((128, 128, 3), np.uint8)
     stripes[:, ::2] = 255
@@ -216,6 +284,39 @@ def test_the_end_is_held_for_a_frame_and_no_longer(tmp_path):
         read_video(path, 1.6, 0.7, 10.0)
     with pytest.raises(InputError, match=r"from 3 s on"):
         read_video(path, 3.0)
+
+
+def test_the_last_frame_is_held_for_as_long_as_is_wanted(tmp_path):
+    path = write_clip(tmp_path / "clip.mp4", regular(20, 10), last=Fraction(1, 10))
+    assert numbers(read_video(path, 1.6, 1.2, 10.0, hold=True)) == [16, 17, 18, 19, *[19] * 8]
+    assert numbers(read_video(path, 1.95, 0.5, 10.0, hold=True)) == [19] * 5
+    within = (0.3, 0.9, 10.0)
+    assert torch.equal(read_video(path, *within, hold=True), read_video(path, *within))
+    with pytest.raises(InputError, match=r"2\.00 s, but 3 s to 3\.5 s was asked"):  # there is nothing of it to hold
+        read_video(path, 3.0, 0.5, 10.0, hold=True)
+
+
+def test_segments_lie_in_the_middle():
+    for frames, segment in [(64, 16), (70, 16), (100, 16), (15, 16), (33, 8)]:
+        starts = segment_starts(frames, segment)
+        assert len(starts) == frames // segment
+        assert np.diff(starts).tolist() == [segment] * max(len(starts) - 1, 0)
+        if starts:
+            before, after = starts[0], frames - starts[-1] - segment
+            assert 0 <= after - before <= 1
+    assert segment_starts(100, 16, 2) == [34, 50]
+    with pytest.raises(ValueError, match="3 segments of 16 video frames do not fit into 47"):
+        segment_starts(47, 16, 3)
+
+
+def test_evenly_spaced_frames_reach_from_the_first_to_the_last():
+    for frames, count in [(77, 64), (64, 64), (50, 64), (9, 2), (9, 1)]:
+        chosen = evenly_spaced(frames, count)
+        assert len(chosen) == count
+        assert (chosen[0], chosen[-1]) == (0, frames - 1 if count > 1 else 0)
+        assert chosen == sorted(chosen)
+        exact = [Fraction(i * (frames - 1), max(count - 1, 1)) for i in range(count)]
+        assert all(got in (int(at), int(at - Fraction(1, 10**4))) for got, at in zip(chosen, exact, strict=True))
 
 
 def test_one_frame(tmp_path):

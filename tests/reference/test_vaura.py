@@ -1,4 +1,4 @@
-"""Numbers recorded from the original V-AURA, where the house's LM can express what it did.
+"""Numbers recorded from the original V-AURA.
 
 Sizes, case names and settings are read from the files: another folder of the same layout must pass as well.
 """
@@ -7,24 +7,38 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable
+import zlib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import pytest
 import torch
+import yaml
+from lightning import Callback, Trainer
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
+from vaura.checkpoint import load_exactly
+from vaura.components import instantiate
 from vaura.conditioner import ChannelConditioner
+from vaura.encoder.avclip import AVCLIP, Sizes, Tower, centred
 from vaura.lm.generation import generate, generate_slow
 from vaura.lm.llama import TokenLM
 from vaura.lm.pattern import delay, delays_of, undelay
-from vaura.lm.sampling import Sampler
+from vaura.lm.sampling import Guidance, Sampler
+from vaura.media.loudness import normalise
+from vaura.media.video import crop, evenly_spaced, resized, segment_starts
 from vaura.protocols import ABSENT, Condition
+from vaura.published import Reading, read_published, rename
+from vaura.task.optimizer import Constant, Cosine, InverseSquareRoot, Optimizer
+from vaura.task.token_prediction import TokenPrediction
+from vaura.timing import cover, published_windows
 
 ROOT = Path(os.environ.get("VAURA_REFERENCE", Path(__file__).parents[2].parent / "shared" / "reference")) / "vaura"
-TOKENS_PER_FEATURE = 7  # the original repeats each visual token so often, whatever the rates
 GREEDY = Sampler(temperature=0.0)
 
 
@@ -47,71 +61,51 @@ def read(name: str) -> Case:
         return Case(json.loads(file.metadata()["config"]), **parts)
 
 
-def folded(state: dict[str, Tensor], k: int) -> Tensor:
-    """The token embedding (V + 1, e): the table through its weight-normalised projection."""
-    part = f"sampler.tok_embeddings.{k}."
-    table, direction = state[part + "emb.weight"], state[part + "out_proj.weight_v"].squeeze(-1)
-    weight = state[part + "out_proj.weight_g"].squeeze(-1) * direction / direction.norm(dim=1, keepdim=True)
-    return table @ weight.T + state[part + "out_proj.bias"]
+def read_as_users_do(case: Case, folder: Path) -> Reading:
+    """The case's tensors as an experiment of V-AURA's own, read by what reads published ones."""
+    settings = {
+        "learning_rate": 1e-3,
+        "weight_decay": 0.0,
+        "betas": [0.9, 0.95],
+        "sampler_config": {"params": case.config["sampler_config"]},
+        "audio_encoder_config": {"target": "models.modules.dac.model.DacModelWrapper", "params": {"model_sr": 44100}},
+        "pattern_provider_config": {"target": "models.modules.misc.codebook_patterns.DelayedPatternProvider"},
+    }
+    (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+    (folder / "log").mkdir(exist_ok=True)
+    (folder / "log/hparams.yaml").write_text(yaml.safe_dump(settings))
+    torch.save({"state_dict": case.state}, folder / "checkpoints/last.ckpt")
+    return read_published(folder)
 
 
-def renamed(key: str) -> str:
-    """The house's name of a parameter that is the same in both."""
-    for old, new in [
-        (r"^sampler\.layers\.", "blocks."),
-        (r"attention\.wqkv", "attention.qkv"),
-        (r"attention\.wo", "attention.out"),
-        (r"feed_forward\.w1", "ffn.gate"),
-        (r"feed_forward\.w3", "ffn.up"),
-        (r"feed_forward\.w2", "ffn.down"),
-        (r"^sampler\.lm_heads", "heads"),
-        (r"^sampler\.norm", "norm"),
-        (r"^sampler\.empty_video_emb", "after_end"),
-        (r"^sampler\.cls_embeddings\.projection", "conditioner"),
-    ]:
-        key = re.sub(old, new, key)
-    return key
+def parts_of(reading: Reading, prefix: str) -> dict[str, Tensor]:
+    return {key.removeprefix(prefix): value for key, value in reading.state.items() if key.startswith(prefix)}
 
 
-def models(case: Case) -> tuple[TokenLM, ChannelConditioner]:
-    """TokenLM and conditioner with the weights of the case."""
-    state, settings = case.state, case.config["sampler_config"]
-    num_codebooks, dim = settings["num_codebooks"], settings["d_model"]
-    channels = state["sampler.empty_video_emb"].shape[-1]
-    lm = TokenLM(
-        num_codebooks,
-        state["sampler.lm_heads.0.weight"].shape[0],
-        num_layers=settings["num_layers"],
-        dim=dim,
-        num_heads=settings["nhead"],
-        channels=channels,
-        norm_eps=settings["layer_norm_eps"],
-    )
-    width = state["sampler.cls_embeddings.projection.fc1.weight"].shape[1]
-    conditioner = ChannelConditioner(width, channels, feature_rate=1.0, frame_rate=TOKENS_PER_FEATURE)
-    same = {renamed(key): value for key, value in state.items() if renamed(key) != key}
-    ours = {key: value for key, value in same.items() if not key.startswith("conditioner.")}
-    ours["after_end"] = ours["after_end"].flatten()
-    ours |= {f"embeddings.{k}.weight": folded(state, k) for k in range(num_codebooks)}
-    lm.load_state_dict(ours)
-    projection = {key.removeprefix("conditioner."): value for key, value in same.items() if key.startswith("conditioner.")}
-    assert conditioner.load_state_dict(projection, strict=False).missing_keys == ["null"]
-    return lm.eval(), conditioner
+def built(reading: Reading, repeat: int | None = None) -> tuple[TokenLM, ChannelConditioner]:
+    """TokenLM and conditioner of a published experiment, with its weights, in evaluation mode."""
+    lm_state, conditioner_state = parts_of(reading, "lm."), parts_of(reading, "conditioner.")
+    num_codebooks = sum(bool(re.fullmatch(r"heads\.\d+\.weight", key)) for key in lm_state)
+    lm = instantiate(reading.config.lm)(num_codebooks=num_codebooks, codebook_size=len(lm_state["heads.0.weight"]))
+    if repeat is not None:
+        reading.config.conditioner.repeat = repeat
+    width = conditioner_state["fc1.weight"].shape[1]
+    rates = {"feature_rate": 12.5, "frame_rate": 44100 / 512}
+    conditioner = instantiate(reading.config.conditioner)(dim=width, channels=lm.channels, **rates)
+    load_exactly(lm, lm_state, "the case")
+    load_exactly(conditioner, conditioner_state, "the case")
+    return lm.eval(), conditioner.eval()
 
 
-def condition_of(conditioner: ChannelConditioner, features: Tensor, repeat: int = TOKENS_PER_FEATURE) -> Condition:
-    """Every feature `repeat` times; features (B, M, E) or, as segments, (B, S, M, E)."""
+def condition_of(conditioner: ChannelConditioner, features: Tensor, drop: Tensor | None = None) -> Condition:
+    """All of the features (B, M, E) or, as segments, (B, S, M, E), each as often as the conditioner repeats it."""
     features = features.flatten(1, -2)
-    conditioner.frame_rate = repeat
-    return conditioner(features, features.shape[1] * repeat)
+    return conditioner(features, features.shape[1] * conditioner.repeat, drop)
 
 
-def with_nulls(case: Case, conditioner: ChannelConditioner, features: Tensor) -> Condition:
-    """The condition and then the original's null, of which it holds one row a feature; rows repeat where there are more."""
-    features = features.flatten(1, -2)
-    null = case.state["sampler.cls_embeddings.uncond_embedding"]
-    rows = null[torch.arange(features.shape[1]) % len(null)].expand(len(features), -1, -1)
-    return condition_of(conditioner, torch.cat([features, rows]))
+def with_nulls(conditioner: ChannelConditioner, features: Tensor) -> Condition:
+    drop = torch.arange(2 * len(features)) >= len(features)
+    return condition_of(conditioner, torch.cat([features, features]), drop)
 
 
 def steps_of(case: Case, sequence: Tensor) -> Tensor:
@@ -173,9 +167,11 @@ def test_sampling_filters():
 
 
 @torch.no_grad()
-def test_sampler_forward():
+def test_sampler_forward(tmp_path):
     case = read("sampler_forward")
-    lm, conditioner = models(case)
+    reading = read_as_users_do(case, tmp_path)
+    assert not reading.dropped
+    lm, conditioner = built(reading)
     close = {"atol": 2e-5, "rtol": 0.0}
     size = number_in(case.output, r"logits_(\d+)")
     few = number_in(case.output, r"logits_short(\d+)")
@@ -189,25 +185,27 @@ def test_sampler_forward():
         torch.testing.assert_close(piece, case.output[f"logits_prefix{length}"], **close)
     ends_early = condition_of(conditioner, case.input[f"feats_{few}"])
     torch.testing.assert_close(lm.step(steps_of(case, short), ends_early), case.output[f"logits_short{few}"], **close)
-    auto = condition_of(conditioner, case.input[f"feats_{fewest}"], case.config["tokens_per_frame_auto"])
+    conditioner.repeat = case.config["tokens_per_frame_auto"]
+    auto = condition_of(conditioner, case.input[f"feats_{fewest}"])
     torch.testing.assert_close(lm.step(steps_of(case, case.input["seq_auto"]), auto), case.output["logits_auto"], **close)
 
-    both = with_nulls(case, conditioner, case.input[f"feats_{most}"])
+    conditioner.repeat = built(reading)[1].repeat
+    both = with_nulls(conditioner, case.input[f"feats_{most}"])
     given, null = lm.step(steps_of(case, torch.cat([longest, longest])), both)[:, :, -1].chunk(2)
     torch.testing.assert_close(null + 6.0 * (given - null), case.output["logits_cfg6_last"], atol=6 * 2e-5, rtol=0.0)
 
 
 @pytest.mark.parametrize("loop", [generate, generate_slow])
-def test_generate(loop):
+def test_generate(loop, tmp_path):
     case = read("generate")
-    lm, conditioner = models(case)
+    lm, conditioner = built(read_as_users_do(case, tmp_path))
     for name, settings in case.config["cases"].items():
         frames, guidance = settings["max_new_tokens"], settings["cfg_scale"]
         if loop is generate_slow and frames > 100:
             continue
         prompt = case.input["prompt"] if settings.get("prompt_is_encoded") else None
         features = case.input["features"]
-        seen = condition_of(conditioner, features) if guidance == 1 else with_nulls(case, conditioner, features)
+        seen = condition_of(conditioner, features) if guidance == 1 else with_nulls(conditioner, features)
         seeds = [0] * len(features)
         codes = loop(lm, seen, frames, seeds=seeds, sampler=GREEDY, guidance=guidance, prompt=prompt)
         if settings.get("remove_prompts"):
@@ -215,46 +213,304 @@ def test_generate(loop):
         assert torch.equal(codes, case.output[f"codes_{name}"]), name
 
 
-def test_long_generate():
-    """The original's loop over chunks, with its 86 frames a second, around the house's LM."""
+def task_of(reading: Reading, tokenizer: nn.Module, **settings) -> TokenPrediction:
+    """The task of a published experiment around a tokenizer, and an encoder of which only the rates are asked."""
+    lm, conditioner = built(reading)
+    encoder = SimpleNamespace(dim=conditioner.fc1.in_features, frame_rate=12.5, fps=25.0, segment=16, size=224, resize=256)
+    task = TokenPrediction(
+        tokenizer, encoder, lambda **_: conditioner, lambda **_: lm, settings.pop("optimizer", None), **settings
+    )
+    return task.eval()
+
+
+def test_long_generate(tmp_path):
+    """The published loop, by its name."""
     case = read("long_generate")
-    lm, conditioner = models(case)
-    features = case.input["features"]
+    reading = read_as_users_do(case, tmp_path)
+    codebooks = SimpleNamespace(num_codebooks=case.config["sampler_config"]["num_codebooks"], codebook_size=0)
+    task = task_of(reading, SimpleNamespace(**vars(codebooks), frame_rate=44100 / 512, sample_rate=44100))
+    features = case.input["features"].flatten(1, 2)
     for name, settings in case.config["cases"].items():
-        guidance, stride = settings["cfg_scale"], int(86 * settings["stride"])
-        pieces, prompt = [], None
-        for number, chunk in enumerate(settings["chunks"]):
-            assert (0 if prompt is None else prompt.shape[2]) == chunk["prompt"]
-            first = math.ceil(number * stride / 86 * 25) // 16
-            here = features[:, [s % features.shape[1] for s in range(first, first + chunk["segments"])]]
-            seen = condition_of(conditioner, here) if guidance == 1 else with_nulls(case, conditioner, here)
-            codes = generate(lm, seen, chunk["T"], seeds=[0], sampler=GREEDY, guidance=guidance, prompt=prompt)
-            pieces.append(codes[:, :, chunk["prompt"] :])
-            prompt = codes[:, :, stride:]
-        assert torch.equal(torch.cat(pieces, dim=2), case.output[f"codes_{name}"]), name
+        spans = [
+            (span.stop - span.start, span.prompt, len(s))
+            for span, s in published_windows(settings["duration"], settings["stride"])
+        ]
+        assert spans == [(chunk["T"], chunk["prompt"], chunk["segments"]) for chunk in settings["chunks"]]
+        codes = task.sample(
+            features,
+            settings["duration"],
+            seeds=[0],
+            sampler=GREEDY,
+            guidance=settings["cfg_scale"],
+            window=2.56,
+            stride=settings["stride"],
+            loop="published",
+        )
+        assert codes.shape[2] == settings["total_tokens"]
+        assert torch.equal(codes, case.output[f"codes_{name}"]), name
 
 
-def test_train_loss():
+def as_theirs(ours: dict[str, Tensor], case: Case) -> dict[str, Tensor]:
+    """Tensors by the house's names -> by those of the case, in its shapes."""
+    _, used, _ = rename(case.state)
+    return {key: ours[name].view_as(case.state[key]) for key, name in used.items() if name in ours}
+
+
+def test_train_loss(tmp_path):
     case = read("train_loss")
-    lm, conditioner = models(case)
+    lm, conditioner = built(read_as_users_do(case, tmp_path), case.config["tokens_per_frame"])
     codes = case.input["codes"]
     given = codes.clone()
     given[:, :, -1] = ABSENT  # the original hides the last frame from its training
-    condition = condition_of(conditioner, case.input["features"], case.config["tokens_per_frame"])
+    condition = condition_of(conditioner, case.input["features"])
     torch.testing.assert_close(lm(given, condition), case.output["logits"], atol=2e-5, rtol=0.0)
     losses = lm.loss(codes, condition, given)
     torch.testing.assert_close(losses, case.output["loss_per_codebook"], atol=1e-5, rtol=0.0)
     torch.testing.assert_close(losses.mean(), case.output["loss"], atol=1e-5, rtol=0.0)
 
     losses.mean().backward()
-    ours = dict(lm.named_parameters()) | {f"conditioner.{key}": value for key, value in conditioner.named_parameters()}
-    got = {key: ours[renamed(key)].grad for key in case.state if renamed(key) in ours}
-    leaves = {key: value.clone().requires_grad_() for key, value in case.state.items() if ".tok_embeddings." in key}
-    tables = [folded(leaves, k) for k in range(lm.num_codebooks)]
-    torch.autograd.backward(tables, [embedding.weight.grad for embedding in lm.embeddings])
-    got |= {key: leaf.grad for key, leaf in leaves.items()}
+    parameters = {f"lm.{key}": p for key, p in lm.named_parameters()}
+    parameters |= {f"conditioner.{key}": p for key, p in conditioner.named_parameters()}
+    got = as_theirs({key: p.grad for key, p in parameters.items()}, case)
     wanted = {key.removeprefix("grad."): value for key, value in case.output.items() if key.startswith("grad.")}
     assert set(got) == set(wanted)
     for key, want in wanted.items():
-        difference = (got[key].view_as(want) - want).abs().max()
-        assert difference <= 1e-4 * want.abs().max(), key
+        assert (got[key] - want).abs().max() <= 1e-4 * want.abs().max(), key
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_train_steps(tmp_path):
+    """The house's task, optimizer and Lightning's clipping by value, step by step."""
+    case = read("train_steps")
+    how = case.config["hparams"]
+    schedule = how["lr_scheduler"]
+    cosine = Cosine(schedule["warmup_steps"], schedule["total_steps"], schedule["lr_min_ratio"])
+    optimizer = Optimizer(how["learning_rate"], how["weight_decay"], tuple(how["betas"]), cosine)
+    reading = read_as_users_do(case, tmp_path)
+    reading.config.lm.dropout = 0.0
+    # the original takes the ratio of the first clip it sees, rounded up
+    reading.config.conditioner.repeat = -(-case.input["codes"].shape[-1] // case.input["features"][0, 0].flatten(0, 1).shape[0])
+    sizes = {"num_codebooks": case.config["sampler_config"]["num_codebooks"], "codebook_size": 0, "frame_rate": 44100 / 512}
+    task = task_of(reading, SimpleNamespace(**sizes), optimizer=optimizer, drop_condition=0.0, hide_last=True)
+    batches = [
+        {"id": ["a"] * len(codes), "codes": codes, "features": features.flatten(1, 2)}
+        for codes, features in zip(case.input["codes"], case.input["features"], strict=True)
+    ]
+    losses, rates = [], []
+
+    class Watch(Callback):
+        def on_train_batch_end(self, trainer, module, outputs, *_):
+            losses.append(outputs["loss"])
+
+        def on_before_optimizer_step(self, trainer, module, optimizer):
+            rates.append(optimizer.param_groups[0]["lr"])
+
+    trainer = Trainer(
+        max_steps=len(batches),
+        accelerator="cpu",
+        gradient_clip_val=how["gradient_clip_val"],
+        gradient_clip_algorithm=how["gradient_clip_algorithm"],
+        callbacks=[Watch()],
+        **dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False),
+    )
+    trainer.fit(task.train(), DataLoader(batches, batch_size=None))
+    torch.testing.assert_close(torch.stack(losses), case.output["losses"], atol=1e-4, rtol=0.0)
+    torch.testing.assert_close(torch.tensor(rates, dtype=torch.float64), case.output["lrs"], rtol=1e-9, atol=0.0)
+    got = as_theirs(task.state_dict(), case)
+    wanted = {key.removeprefix("final."): value for key, value in case.output.items() if key.startswith("final.")}
+    assert wanted
+    for key, want in wanted.items():
+        torch.testing.assert_close(got[key], want, atol=1e-4, rtol=0.0, msg=key)
+    null = "sampler.cls_embeddings.uncond_embedding"
+    assert torch.equal(got[null], case.output[f"final_{null.split('.')[-1]}"])
+
+    names = {id(p): name for name, p in task.named_parameters()}
+    _, used, _ = rename(case.state)
+    for group, told in zip(trainer.optimizers[0].param_groups, ("decay_group", "nodecay_group"), strict=True):
+        mine = {names[id(p)] for p in group["params"]}
+        assert mine == {used[key] for key in case.config[told]}
+
+
+@torch.no_grad()
+def test_tiny_lightning():
+    """A checkpoint that the original training wrote, with its pickled settings and optimizer."""
+    folder = ROOT / "tiny_lightning"
+    case = read("tiny_lightning/expected")
+    reading = read_published(folder)
+    assert reading.checkpoint.name == case.config["checkpoint"]
+    state = {key.removeprefix("state."): value for key, value in case.output.items() if key.startswith("state.")}
+    expected, _, dropped = rename(state)
+    assert not dropped
+    assert set(reading.state) == set(expected)
+    assert all(torch.equal(reading.state[key], value) for key, value in expected.items())
+    tokenizer = instantiate(reading.config.tokenizer)
+    task = task_of(reading, tokenizer)
+    features = case.input["features"].flatten(1, 2)
+    for name, want in case.output.items():
+        form = re.fullmatch(r"codes_(?:nocfg|cfg(\d+))_T(\d+)", name)
+        if not form:
+            continue
+        guidance, frames = float(form[1] or 1), int(form[2])
+        condition = task.condition(features, None, Guidance(guidance))
+        how = {"seeds": [0], "sampler": GREEDY, "guidance": guidance}
+        sure = margin(task.lm, want, condition, guidance)
+        assert (sure > -0.05).all()  # what float32 prefers elsewhere, it prefers by what rounding to bfloat16 can turn
+        if torch.equal(generate(task.lm, condition, frames, **how), want):
+            assert (sure > 0).all()
+        elif medium_precision_is_lower():
+            with medium_precision():
+                assert torch.equal(generate_slow(task.lm, condition, frames, **how), want), name
+        if (sound := case.output.get(name.replace("codes", "audio_fp16codec"))) is not None:
+            torch.testing.assert_close(tokenizer.decode(want), sound, atol=5e-3, rtol=0.0)
+
+
+def margin(lm: TokenLM, codes: Tensor, condition: Condition, guidance: float) -> Tensor:
+    """By how much the logit of each code, given those before it, exceeds that of any other code."""
+    if guidance == 1.0:
+        logits = lm(codes, condition)
+    else:
+        given, null = (lm(codes, Condition(part)) for part in condition.channel.chunk(2))
+        logits = null + guidance * (given - null)
+    chosen = logits.gather(-1, codes.unsqueeze(-1)).squeeze(-1)
+    return chosen - logits.scatter(-1, codes.unsqueeze(-1), -math.inf).amax(-1)
+
+
+@contextmanager
+def medium_precision() -> Iterator[None]:
+    """Matrix products as the original's program sets them for all of itself: of bfloat16 where the machine has them."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+def medium_precision_is_lower() -> bool:
+    a, b = torch.randn(200, 32), torch.randn(32, 96)
+    with medium_precision():
+        return bool(((a @ b) - (a.double() @ b.double())).abs().max() > 1e-3)
+
+
+def test_lr_schedules():
+    """The rates in force, through the optimizer that trains and torch's own stepping of its scheduler."""
+    case = read("lr_schedules")
+    kinds = {"InverseSquareRoot": InverseSquareRoot, "WarmUpToStatic": Constant, "Cosine": Cosine}
+    words = {"warmup_steps": "warmup", "warmup_init_lr": "first", "total_steps": "total", "lr_min_ratio": "final"}
+    words["cycle_length"] = "cycle"
+    seen = set()
+    for name, want in case.output.items():
+        settings = case.config[name]
+        kind = kinds[settings["class"].removesuffix("LRScheduler")]
+        given = {words[word]: value for word, value in settings["kwargs"].items() if value is not None}
+        if kind is Cosine:
+            given.pop("first", None)  # which the original takes and does not heed
+        made = Optimizer(settings["base_lr"], schedule=kind(**given))(torch.nn.Linear(2, 2), math.inf)
+        for step, rate in enumerate(want.tolist()):
+            assert [group["lr"] for group in made["optimizer"].param_groups] == pytest.approx([rate, rate], rel=1e-9), step
+            made["optimizer"].step()
+            made["lr_scheduler"]["scheduler"].step()
+        seen.add(kind)
+    assert seen == set(kinds.values())
+
+
+def test_audio_normalize():
+    case = read("audio_normalize")
+    sample_rate, headroom = re.search(r"strategy, (\d+), db=(\d+)\)", case.config["note"]).groups()
+    for name, want in case.output.items():
+        strategy, kind = re.fullmatch(r"scale_audio_([a-z]+)_?([a-z]*)", name).groups()
+        given = {"headroom": float(headroom)} if strategy in ("clip", "peak") else {}
+        got = normalise(case.input[kind or "wav"], strategy, int(sample_rate), **given)
+        torch.testing.assert_close(got, want, atol=1e-4, rtol=0.0)
+    assert {name.split("_")[2] for name in case.output} == {"clip", "peak", "rms", "loudness"}
+
+
+def drawn(key: str, shape: torch.Size, seed: str) -> Tensor:
+    """The value of a tensor of AV-CLIP's by the recipe of its case."""
+    generator = torch.Generator().manual_seed(zlib.crc32(seed.encode()))
+    std = 0.05 if key.endswith(("qkv.weight", "in_proj_weight")) else 0.02
+    value = torch.empty(shape).normal_(0, std, generator=generator)
+    return 1 + value if re.search(r"(^|\.)norm\d?\.weight$", key) else value
+
+
+def avclip_weights(config: dict) -> dict[str, Tensor]:
+    """The weights of the AV-CLIP case. Its checksums tell where the salt stands in the seeds of a salted set."""
+    with torch.device("meta"):
+        shapes = {key: value.shape for key, value in Tower(Sizes()).state_dict().items()}
+    checks = config["weight_checks[sum,abs_sum,first]"]
+    for form in ("{salt}{key}", "{key}{salt}"):
+        seeds = {key: form.format(salt=config["salt"], key=key) for key in shapes}
+        for key, check in checks.items():
+            value = drawn(key, shapes[key], seeds[key]).double()
+            if [value.sum().item(), value.abs().sum().item(), value.flatten()[0].item()] != pytest.approx(check, rel=1e-5):
+                break
+        else:
+            return {key: drawn(key, shape, seeds[key]) for key, shape in shapes.items()}
+    raise AssertionError("no weights have the recorded checksums: this set was made by another recipe")
+
+
+def avclip_video(config: dict) -> Tensor:
+    """The video of the AV-CLIP case (B, F, 3, H, W)."""
+    ranges = [torch.arange(length) for length in (config["B"], config["S"], 3, 16, 224, 224)]
+    b, s, c, t, h, w = torch.meshgrid(*ranges, indexing="ij")
+    pattern = 3 * (((t + 1) * (h // 16) * (w // 16)) % 251)
+    pixels = (37 * h + 59 * w + 83 * t + 101 * c + 131 * s + 17 * b + (h * w) // 7 + pattern) % 256
+    assert pixels.sum() == config["clip_sum"]
+    assert pixels[0, 0, 0, 0, 0, : len(config["clip_first_row"])].tolist() == config["clip_first_row"]
+    return pixels.to(torch.uint8).transpose(2, 3).flatten(1, 2)
+
+
+@torch.no_grad()
+def test_avclip_motionformer(tmp_path):
+    case = read("avclip_motionformer")
+    state = {f"module.v_encoder.{key}": value for key, value in avclip_weights(case.config).items()}
+    path = tmp_path / "epoch_best.pt"
+    torch.save({"state_dict": state}, path)
+    encoder = AVCLIP(str(path), batch_size=case.config["B"] * case.config["S"])
+    del state
+    path.unlink()  # half a gigabyte
+
+    tower, indexes, got = encoder.tower, case.config["token_indexes"], {}
+    for name in case.output:
+        if form := re.fullmatch(r"tokens_after_block(\d+)", name):
+            part = tower.blocks[int(form[1])]
+        elif form := re.fullmatch(r"block(\d+)_(time|space)_attention_out", name):
+            part = getattr(tower.blocks[int(form[1])], {"time": "timeattn", "space": "attn"}[form[2]])
+        else:
+            continue
+        part.register_forward_hook(lambda _, given, tokens, name=name: got.update({name: tokens[:, indexes]}))
+    tower.blocks[0].register_forward_pre_hook(lambda _, given: got.update(tokens_after_pos_embed=given[0][:, indexes]))
+    patches = [index - 1 for index in indexes if index]
+    tower.norm.register_forward_hook(lambda _, given, tokens: got.update(patch_tokens_after_norm=tokens[:, patches]))
+    got["features"] = encoder(avclip_video(case.config)).view_as(case.output["features"])
+    assert set(got) == set(case.output)
+    for name, want in case.output.items():
+        torch.testing.assert_close(got[name], want, atol=1e-4, rtol=0.0, msg=lambda told, name=name: f"{name}: {told}")
+
+
+def test_avclip_keys():
+    path = ROOT / "keys/avclip_motionformer_keys.json"
+    if not path.is_file():
+        pytest.skip(f"the list of keys {path} is not here; set VAURA_REFERENCE to the folder of reference cases")
+    published = json.loads(path.read_text())
+    with torch.device("meta"):
+        tower = Tower(Sizes())
+    assert {key: list(value.shape) for key, value in tower.state_dict().items()} == published["state_dict"]
+    assert sum(parameter.numel() for parameter in tower.parameters()) == published["num_params"]
+
+
+def test_video_transforms():
+    case = read("video_transforms")
+    frame, want, normalised = case.input["frame_u8"], case.output["resized_u8"], case.output["normalized"]
+    got = resized(frame, min(want.shape[-2:]))
+    assert got.dtype == torch.uint8
+    assert got.shape == want.shape
+    assert (got.int() - want.int()).abs().max() <= 1
+    size = normalised.shape[-1]
+    torch.testing.assert_close(centred(crop(want, size)), normalised, atol=1e-6, rtol=0.0)
+    for name, recorded in case.config["segments"].items():
+        frames, count = re.fullmatch(r"len(\d+)_n(\d+|None)", name).groups()
+        segment = recorded["shape"][1]
+        starts = segment_starts(int(frames), segment, None if count == "None" else int(count))
+        assert starts == recorded["first_frame_of_each"], name
+    for name, recorded in case.config["uniform_temporal_subsample"].items():
+        frames, duration = re.fullmatch(r"in(\d+)_dur([\d.]+)", name).groups()
+        assert evenly_spaced(int(frames), cover(float(duration), 25)) == recorded, name

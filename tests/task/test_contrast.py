@@ -6,7 +6,7 @@ from torch import Tensor
 
 from vaura.encoder.tiny_avclip import TinyAVCLIP
 from vaura.task.contrast import Contrast
-from vaura.task.optimizer import Optimizer
+from vaura.task.optimizer import Cosine, Optimizer
 
 RATE, FPS = 8000, 25
 
@@ -14,7 +14,7 @@ RATE, FPS = 8000, 25
 def make(crop: float = 0.64, fps: float = FPS, sample_rate: int = RATE, instants: int = 8) -> Contrast:
     torch.manual_seed(0)
     encoder = TinyAVCLIP(dim=16, width=4, size=16, fps=fps, mean_frames=5)
-    return Contrast(encoder, Optimizer(lr=1e-2, final=0.1), sample_rate, crop, instants, n_mels=16, n_fft=256)
+    return Contrast(encoder, Optimizer(lr=1e-2, schedule=Cosine(final=0.1)), sample_rate, crop, instants, n_mels=16, n_fft=256)
 
 
 def world(clips: int, seconds: float, seed: int) -> dict:

@@ -6,11 +6,11 @@ from torch import Tensor, nn
 
 from vaura.conditioner import ChannelConditioner
 from vaura.lm.llama import TokenLM
-from vaura.lm.sampling import Sampler
+from vaura.lm.sampling import Guidance, Sampler
 from vaura.protocols import ABSENT
 from vaura.task.optimizer import Optimizer
 from vaura.task.token_prediction import TokenPrediction
-from vaura.timing import cover
+from vaura.timing import Window, cover
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*self.trainer:UserWarning")  # steps without a Trainer
 K, V, E = 2, 8, 5
@@ -43,7 +43,7 @@ class Tones(nn.Module):
 class Eyes(nn.Module):
     """An encoder whose feature is the mean picture, five times."""
 
-    dim, frame_rate, fps, size, context = E, 12.5, 12.5, 2, 0.0
+    dim, frame_rate, fps, size, resize, segment, context = E, 12.5, 12.5, 2, 2, 1, 0.0
 
     def __init__(self) -> None:
         super().__init__()
@@ -60,7 +60,7 @@ def make(seed: int = 0, **settings) -> TokenPrediction:
         Eyes(),
         ChannelConditioner,
         lambda **sizes: TokenLM(num_layers=1, dim=16, num_heads=2, channels=8, ffn_multiple=8, **sizes),
-        Optimizer(lr=0.02, final=1.0),
+        Optimizer(lr=0.02),
         **settings,
     )
 
@@ -149,11 +149,12 @@ def test_every_code_is_scored_even_where_history_is_hidden():
 
 def test_guidance_rows_are_the_clips_and_then_exactly_the_null():
     task, features = make(), torch.randn(3, 13, E)
-    given = task.condition(features, 26, guidance=1.0).channel
-    both = task.condition(features, 26, guidance=3.0).channel
+    whole = Window(0, 26, 0)
+    given = task.condition(features, whole, Guidance(1.0)).channel
+    both = task.condition(features, whole, Guidance(3.0)).channel
     null = task.conditioner(task.conditioner.null.expand(3, 13, -1), 26).channel
     torch.testing.assert_close(both, torch.cat([given, null]), atol=1e-6, rtol=0)
-    others = task.condition(torch.randn(3, 13, E), 26, guidance=3.0).channel
+    others = task.condition(torch.randn(3, 13, E), whole, Guidance(3.0)).channel
     assert torch.equal(others[3:], both[3:])  # not a trace of the features
 
 

@@ -13,9 +13,9 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from vaura.data.manifest import Clip
 from vaura.errors import InputError
 from vaura.media.audio import read_audio
-from vaura.media.video import read_video
+from vaura.media.video import CENTRE, read_video
 from vaura.progress import track
-from vaura.seeds import seed_of
+from vaura.seeds import seed_of, share_of
 
 Batch = dict[str, Any]
 """`video` (B, F, 3, H, W) uint8, `audio` (B, A, N), `id` list of str, `start` (B,) seconds."""
@@ -24,14 +24,17 @@ Batch = dict[str, Any]
 class ClipDataset(Dataset):
     """Picture and sound of the same span, cut from the files on the fly.
 
-    An item is asked for as (epoch, index). With `random_start` the span of a clip moves with the epoch, by a seed of its own,
-    so that neither workers nor ranks nor an interruption change what is seen; otherwise it starts where the clip does.
+    An item is asked for as (epoch, index). With `random_start` the span of a clip moves with the epoch, with `random_crop` the
+    square cut from its picture does, and `flip` mirrors some: by seeds of the clip's own, so that neither workers nor ranks nor
+    an interruption change what is seen. Otherwise it starts where the clip does, and shows the middle.
 
     Args:
         clips: what to read.
         duration: seconds of every item.
         fps, size: frames a second and side of the square picture, pixels.
         sample_rate, channels: of the sound.
+        resize: short side of the picture before the square is cut, pixels; None: `size`.
+        flip: share of the items that are mirrored.
     """
 
     def __init__(
@@ -43,13 +46,16 @@ class ClipDataset(Dataset):
         size: int,
         sample_rate: int,
         channels: int,
+        resize: int | None = None,
         random_start: bool = False,
+        random_crop: bool = False,
+        flip: float = 0.0,
         seed: int = 0,
     ) -> None:
-        self.clips, self.duration = clips, duration
+        self.clips, self.duration, self.resize = clips, duration, resize
         self.fps, self.size, self.sample_rate, self.channels = fps, size, sample_rate, channels
-        self.random_start, self.seed = random_start, seed
-        self.kept: dict[int, Batch] | None = None
+        self.random_start, self.random_crop, self.flip, self.seed = random_start, random_crop, flip, seed
+        self.kept: dict[int, Batch | None] | None = None
 
     def __len__(self) -> int:
         return len(self.clips)
@@ -63,14 +69,22 @@ class ClipDataset(Dataset):
         draw = torch.rand((), generator=torch.Generator().manual_seed(seed_of(self.seed, clip.id, epoch)))
         return clip.start + slack * float(draw)
 
+    def view_of(self, epoch: int, index: int) -> tuple[tuple[float, float], bool]:
+        """Where the square of item (epoch, index) is cut, and whether it is mirrored: `place` and `flip` of `read_video`."""
+        name = self.clips[index].id
+        across, down, mirror = (share_of(self.seed, name, epoch, what) for what in ("across", "down", "mirror"))
+        return (across, down) if self.random_crop else CENTRE, mirror < self.flip
+
     def __getitem__(self, key: tuple[int, int]) -> Batch | None:
         """The item, or None (with a warning that names the file) where it cannot be read."""
         epoch, index = key
         if self.kept is not None and index in self.kept:
             return self.kept[index]
         clip, start = self.clips[index], self.start_of(epoch, index)
+        place, flip = self.view_of(epoch, index)
+        size = {"size": self.size, "resize": self.resize}
         try:
-            video = read_video(clip.video, start, self.duration, self.fps, self.size)
+            video = read_video(clip.video, start, self.duration, self.fps, **size, place=place, flip=flip)
             audio = read_audio(clip.video, start, self.duration, self.sample_rate, self.channels)
         except InputError as error:
             warnings.warn(f"left out of this batch: {error}", stacklevel=2)

@@ -1,32 +1,36 @@
-"""The data of a run: a manifest or a folder of videos, as loaders for training and validation."""
+"""The data of a run: a folder of videos, a manifest or a corpus, its clips by split, and their loaders."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
 
 from torch.utils.data import DataLoader
 
 from vaura.data.clips import Batch, ClipDataset, ClipLoader, EpochOrder, TokenDataset
-from vaura.data.manifest import SPLITS, read_manifest, scan_folder
+from vaura.data.corpus import Reader
+from vaura.data.manifest import PREDICT, SPLITS, Clip, in_split, read_manifest, scan_folder, usable
 from vaura.errors import InputError
 
+TELL = 10
+"""Sentences about what was left out that are shown; of more only this many, and how many there are."""
 
-class VideoData:
-    """Clips of `duration` seconds from `manifest`, or from every video below `data_dir`.
+
+class Source(Mapping[str, list[Clip]]):
+    """Split -> its clips: `source["test"]`.
+
+    What cannot be used is warned about, and told in `left_out`; what the rules of a corpus leave out, in `unwanted`.
+    A corpus is asked for a split when the split is asked for, so that lists and tables of others need not be there. Looking
+    costs a listing of each folder; files are opened where nothing says how long they are, as in a plain folder.
 
     Args:
-        data_dir: a folder of videos, of any size, frame rate, length and codec.
-        manifest: a JSONL file in place of a folder, see `manifest.py`.
-        duration: seconds of a training clip.
-        batch_size: clips a step, per process.
-        workers: processes that decode; 0: the main one.
-        random_start: cut training clips at another instant every epoch.
-        keep_in_memory: read every clip once; needs random_start=False.
+        data_dir: a folder of videos, of any size, frame rate, length and codec; or where those of `corpus` are.
+        manifest: a JSONL file, see `manifest.py`, in place of a folder or a corpus.
+        corpus: a reader of `corpus.py`.
+        duration: seconds that a clip has to last; None takes any.
         val_share: share of a folder's videos kept for validation.
-        seed: of the order and the cuts.
-        fps, size, sample_rate, channels: what the encoder and the tokenizer want.
+        needs_sound: leave out videos of a folder that have no sound.
+        workers: files opened at once.
     """
 
     def __init__(
@@ -34,10 +38,132 @@ class VideoData:
         *,
         data_dir: str | None = None,
         manifest: str | None = None,
+        corpus: Reader | None = None,
+        duration: float | None = None,
+        val_share: float = 0.0,
+        needs_sound: bool = True,
+        workers: int = 1,
+    ) -> None:
+        if (manifest is not None and data_dir is not None) or manifest is data_dir is corpus:
+            raise InputError("give data.data_dir=FOLDER of videos, or data.manifest=FILE.jsonl, one of the two")
+        corpus = corpus if manifest is None else None
+        self.name = str(manifest or data_dir or getattr(corpus, "keywords", {}).get("path_to_metadata", "the corpus"))
+        self.left_out: list[str] = []
+        self.unwanted: list[str] = []
+        self._data_dir, self._corpus, self._duration = data_dir, corpus, duration
+        self._splits: dict[str, list[Clip]] = {}
+        if corpus is None:
+            if manifest is not None:
+                clips, left_out = usable(read_manifest(manifest), duration, workers)
+            else:
+                clips, left_out = scan_folder(str(data_dir), duration or 0.0, val_share, needs_sound, workers)
+            self._splits = {split: in_split(clips, split) for split in (*SPLITS, PREDICT)}
+            self._tell(left_out)
+
+    def __getitem__(self, split: str) -> list[Clip]:
+        in_split((), split)  # refuses what is no split
+        if split not in self._splits and self._corpus is not None:
+            self._splits[split] = self._read((split,))
+        return self._splits[split]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter((*SPLITS, PREDICT))
+
+    def __len__(self) -> int:
+        return len(SPLITS) + 1
+
+    def everything(self) -> list[Clip]:
+        """The clips of all splits that there are, each once."""
+        if self._corpus is None:
+            return list({clip.id: clip for split in self for clip in self[split]}.values())
+        return self._read(None)
+
+    def reasons(self) -> str:
+        """Why there may be too few clips, in one sentence."""
+        return "; ".join(_shortened([*self.unwanted, *self.left_out]))
+
+    def _read(self, splits: tuple[str, ...] | None) -> list[Clip]:
+        assert self._corpus is not None
+        found = self._corpus(data_dir=self._data_dir, splits=splits, duration=self._duration)
+        self.unwanted += found.unwanted
+        self._tell(found.left_out)
+        return found.clips
+
+    def _tell(self, left_out: Sequence[str]) -> None:
+        self.left_out += left_out
+        for sentence in _shortened(left_out):
+            warnings.warn(f"left out: {sentence}", stacklevel=4)
+
+
+def _shortened(sentences: Sequence[str]) -> list[str]:
+    if len(sentences) <= TELL:
+        return list(sentences)
+    return [*sentences[:TELL], f"and {len(sentences) - TELL} more; scripts/make_manifest.py lists them all"]
+
+
+class Selection:
+    """The clips of one split of a data config, to generate for or to test on.
+
+    Args:
+        data_dir, manifest, corpus: as of `Source`.
+        split: train, val, test or predict; None takes all.
+        duration: seconds that a clip has to last; None takes any.
+        needs_sound: leave out videos of a folder that have no sound.
+
+    `clips` are in order, `left_out` tells of those that cannot be used. Raises InputError where no clip is left.
+    """
+
+    def __init__(
+        self,
+        *,
+        data_dir: str | None = None,
+        manifest: str | None = None,
+        corpus: Reader | None = None,
+        split: str | None = "test",
+        duration: float | None = None,
+        needs_sound: bool = False,
+    ) -> None:
+        source = Source(data_dir=data_dir, manifest=manifest, corpus=corpus, duration=duration, needs_sound=needs_sound)
+        self.clips = source.everything() if split is None else source[split]
+        self.left_out = source.left_out
+        if not self.clips:
+            reasons = source.reasons() or f"no clip has the split {split}; split=null takes those of all splits"
+            raise InputError(f"{source.name} has no clip for this: {reasons}")
+
+
+class VideoData:
+    """Clips of `duration` seconds from `manifest`, from every video below `data_dir`, or from `corpus`.
+
+    Args:
+        data_dir: a folder of videos, of any size, frame rate, length and codec; or where those of `corpus` are.
+        manifest: a JSONL file in place of a folder, see `manifest.py`.
+        corpus: a reader of `corpus.py`, to which `data_dir` is given.
+        duration: seconds of a training clip.
+        batch_size: clips a step, per process.
+        workers: processes that decode; 0: the main one.
+        random_start: cut training clips at another instant every epoch.
+        random_crop: cut the square picture of training clips elsewhere every epoch; the middle otherwise.
+        flip: share of training clips that are mirrored, drawn anew every epoch.
+        keep_in_memory: read every clip once; needs random_start=False, random_crop=False and flip=0.
+        val_share: share of a folder's videos kept for validation.
+        seed: of the order and the cuts.
+        fps, size, sample_rate, channels: what the encoder and the tokenizer want.
+        resize: short side, in pixels, of the picture from which `size` is cut; None: `size` itself.
+        needs: splits without whose clips nothing can be done.
+    """
+
+    def __init__(
+        self,
+        *,
+        data_dir: str | None = None,
+        manifest: str | None = None,
+        corpus: Reader | None = None,
         duration: float,
         batch_size: int,
         workers: int,
         random_start: bool,
+        random_crop: bool = False,
+        flip: float = 0.0,
         keep_in_memory: bool,
         val_share: float,
         seed: int,
@@ -45,35 +171,41 @@ class VideoData:
         size: int,
         sample_rate: int,
         channels: int,
+        resize: int | None = None,
+        needs: Sequence[str] = ("train",),
     ) -> None:
-        if (data_dir is None) == (manifest is None):
-            raise InputError("give data.data_dir=FOLDER of videos, or data.manifest=FILE.jsonl, one of the two")
+        if keep_in_memory and (random_start or random_crop or flip):
+            raise InputError(
+                "data.keep_in_memory=true needs the same span and picture every epoch: set data.random_start=false, "
+                "data.random_crop=false and data.flip=0"
+            )
         self.batch_size, self.workers, self.seed = batch_size, workers, seed
-        self.left_out: list[str] = []
-        if manifest is not None:
-            clips = read_manifest(manifest)
-            source: str | Path = manifest
-        else:
-            clips, self.left_out = scan_folder(str(data_dir), duration, val_share)
-            source = str(data_dir)
-        for sentence in self.left_out:
-            warnings.warn(f"left out: {sentence}", stacklevel=2)
-        self.clips = {split: [clip for clip in clips if clip.split == split] for split in SPLITS}
-        if not self.clips["train"]:
-            reasons = "; ".join(self.left_out) or "no clip has the split train"
-            raise InputError(f"no video of {source} can be trained on: {reasons}")
+        self.clips = Source(
+            data_dir=data_dir, manifest=manifest, corpus=corpus, duration=duration, val_share=val_share, workers=workers
+        )
+        for split in needs:
+            if not self.clips[split]:
+                reasons = self.clips.reasons() or f"no clip has the split {split}"
+                what = "trained on" if split == "train" else f"used for the split {split}"
+                raise InputError(f"no video of {self.clips.name} can be {what}: {reasons}")
+        if "train" in needs:
+            self.clips["val"]  # whose list, where it is missing, is missed now and not after the first stages
         self._reading = {"duration": duration, "fps": fps, "size": size, "sample_rate": sample_rate, "channels": channels}
-        self._random_start, self._keep = random_start, keep_in_memory
+        self._reading |= {"resize": resize, "seed": seed}
+        self._training = {"random_start": random_start, "random_crop": random_crop, "flip": flip}
+        self._keep = keep_in_memory
         self._datasets: dict[str, ClipDataset] = {}
         self.tokens: dict[str, TokenDataset] = {}  # splits whose codes and features were made beforehand
-        if keep_in_memory and random_start:
-            raise InputError("data.keep_in_memory=true needs the same span every epoch: set data.random_start=false")
+
+    @property
+    def left_out(self) -> list[str]:
+        """A sentence for whatever was left out of the splits asked for so far."""
+        return self.clips.left_out
 
     def dataset(self, split: str) -> ClipDataset:
-        """The clips of a split, read from the files; training clips at random instants where that is asked for."""
+        """The clips of a split, read from the files; those of training at random where that is asked for."""
         if split not in self._datasets:
-            random_start = self._random_start and split == "train"
-            dataset = ClipDataset(self.clips[split], random_start=random_start, seed=self.seed, **self._reading)
+            dataset = ClipDataset(self.clips[split], **self._reading, **(self._training if split == "train" else {}))
             if self._keep:
                 dataset.keep_all(self.workers)
             self._datasets[split] = dataset

@@ -49,6 +49,7 @@ class TinyAVCLIP(nn.Module):
             raise InputError(f"encoder.size is a multiple of 16 pixels; it is {size}")
         self.settings = {"dim": dim, "width": width, "fps": fps, "size": size, "upsample": upsample, "mean_frames": mean_frames}
         self.dim, self.fps, self.size, self.frame_rate = dim, fps, size, fps * upsample
+        self.resize, self.segment = size, 1
         self.mean_frames = mean_frames
         self.context = (mean_frames // 2 + 4) / fps  # the local mean, the frame before and two convolutions over time
         self.stem = nn.Conv2d(3, 3 * width, 5, stride=4, padding=2)

@@ -3,7 +3,8 @@
 - One step reads K codes at once: the sum of K embeddings, joined to the channel condition of that step, [condition, tokens].
 - Pre-norm blocks with RMSNorm, rotary positions on adjacent channel pairs, SwiGLU, no biases; K output heads.
 - The codebook pattern never leaves this folder: `forward` takes codes and gives logits aligned with them.
-- Attention writes into a cache that the caller holds and passes; without one it is plain causal attention.
+- Attention writes into a cache that the caller holds and passes; without one it is plain causal attention. A cache with a
+  `reach` forgets: a step then looks at the last `reach` steps and at step 0, and a sound of any length takes the same memory.
 
 Sources: Touvron et al. 2023 (LLaMA); Su et al. 2021 (rotary positions); Copet et al. 2023 (codebook patterns);
 Viertola et al. 2024, "Temporally Aligned Audio for Video with Autoregression" (V-AURA).
@@ -11,6 +12,7 @@ Viertola et al. 2024, "Temporally Aligned Audio for Video with Autoregression" (
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,26 +22,56 @@ from torch import Tensor, nn
 
 from vaura.errors import InputError
 from vaura.lm.pattern import delay, delays_of, undelay
-from vaura.protocols import ABSENT, Condition
+from vaura.protocols import ABSENT, Codebook, Condition
 
 
 @dataclass
 class KVCache:
-    """Keys and values of the steps so far, one pair (B, H, max_steps, D/H) a layer."""
+    """Keys and values of the steps so far, one pair (B, H, max_steps, D/H) a layer.
+
+    With a `reach`, step 0 (which reads nothing, and on which attention leans) and at least the last `reach` steps are kept;
+    `dropped` counts the steps after step 0 that are gone.
+    """
 
     keys: list[Tensor]
     values: list[Tensor]
+    reach: int | None = None
+    dropped: int = 0
 
     @property
     def max_steps(self) -> int:
         return self.keys[0].shape[2]
 
+    def make_room(self, start: int, count: int) -> None:
+        """Forget what steps [start, start + count) do not reach, where there is no room for them otherwise."""
+        if self.reach is None or start - self.dropped + count <= self.max_steps:
+            return
+        kept = self.reach - 1
+        first = start - kept - self.dropped  # the slot of the oldest step in reach
+        for held in (*self.keys, *self.values):
+            held[:, :, 1 : 1 + kept] = held[:, :, first : first + kept].clone()
+        self.dropped = start - kept - 1
+
     def update(self, layer: int, start: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Write k, v (B, H, S, D/H) of steps [start, start + S); return all keys and values up to there."""
-        stop = start + k.shape[2]
-        self.keys[layer][:, :, start:stop] = k
-        self.values[layer][:, :, start:stop] = v
+        """Write k, v (B, H, S, D/H) of steps [start, start + S); return all keys and values up to there that are kept."""
+        begin = start - self.dropped
+        stop = begin + k.shape[2]
+        self.keys[layer][:, :, begin:stop] = k
+        self.values[layer][:, :, begin:stop] = v
         return self.keys[layer][:, :, :stop], self.values[layer][:, :, :stop]
+
+
+def attention_mask(start: int, count: int, reach: int | None, dropped: int, device: torch.device) -> Tensor | None:
+    """Which kept steps (columns) the steps [start, start + count) look at; None where plain causal attention says the same."""
+    if reach is None and (start == 0 or count == 1):
+        return None
+    step = torch.arange(start, start + count, device=device).unsqueeze(1)
+    kept = torch.arange(dropped, start + count, device=device)
+    seen = kept <= step
+    if reach is not None:
+        seen &= kept > step - reach
+        seen[:, 0] = True
+    return seen
 
 
 class RMSNorm(nn.Module):
@@ -58,8 +90,9 @@ class RMSNorm(nn.Module):
 def rotary_table(start: int, steps: int, head_dim: int, base: float, device: torch.device) -> Tensor:
     """Rotations of the positions [start, start + steps): (S, D/H/2, 2) cosines and sines."""
     frequency = base ** (-torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim)
-    angle = torch.outer(torch.arange(start, start + steps, device=device, dtype=torch.float32), frequency)
-    return torch.stack([angle.cos(), angle.sin()], dim=-1)
+    # in double precision: after an hour a float32 angle is off by more than the turn of a slow pair from one step to the next
+    angle = torch.outer(torch.arange(start, start + steps, device=device, dtype=torch.float64), frequency.double())
+    return torch.stack([angle.cos(), angle.sin()], dim=-1).float()
 
 
 def rotate(x: Tensor, table: Tensor) -> Tensor:
@@ -76,15 +109,12 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim, bias=False)
         self.out = nn.Linear(dim, dim, bias=False)
 
-    def forward(self, x: Tensor, table: Tensor, cache: KVCache | None, layer: int, start: int) -> Tensor:
+    def forward(self, x: Tensor, table: Tensor, mask: Tensor | None, cache: KVCache | None, layer: int, start: int) -> Tensor:
         q, k, v = rearrange(self.qkv(x), "b s (n h d) -> n b h s d", n=3, h=self.num_heads)
         q, k = rotate(q, table), rotate(k, table)
         if cache is not None:
             k, v = cache.update(layer, start, k, v)
-        mask = None
-        if start > 0 and x.shape[1] > 1:  # a later piece of several steps: causal, but not square
-            mask = torch.ones(x.shape[1], k.shape[2], dtype=torch.bool, device=x.device).tril(start)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=start == 0 and x.shape[1] > 1)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and x.shape[1] > 1)
         return self.out(rearrange(y, "b h s d -> b s (h d)"))
 
 
@@ -109,9 +139,27 @@ class Block(nn.Module):
         self.ffn = SwiGLU(dim, ffn_multiple)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, table: Tensor, cache: KVCache | None, layer: int, start: int) -> Tensor:
-        x = x + self.dropout(self.attention(self.attention_norm(x), table, cache, layer, start))
+    def forward(self, x: Tensor, table: Tensor, mask: Tensor | None, cache: KVCache | None, layer: int, start: int) -> Tensor:
+        x = x + self.dropout(self.attention(self.attention_norm(x), table, mask, cache, layer, start))
         return x + self.dropout(self.ffn(self.ffn_norm(x)))
+
+
+class FactorisedEmbedding(nn.Module):
+    """Codes -> vectors as a codec makes them: a short vector a code, and a weight-normalised projection with a bias.
+
+    V-AURA embeds codes so; the parameters begin as those of the codec where it offers them.
+    """
+
+    def __init__(self, num_codes: int, code_dim: int, dim: int) -> None:
+        super().__init__()
+        self.table = nn.Embedding(num_codes, code_dim)
+        direction = torch.empty(dim, code_dim).uniform_(-1, 1) / code_dim**0.5
+        self.direction = nn.Parameter(direction)
+        self.scale = nn.Parameter(direction.norm(dim=1, keepdim=True))
+        self.bias = nn.Parameter(torch.zeros(dim))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return F.linear(self.table(ids), self.scale * F.normalize(self.direction, dim=1), self.bias)
 
 
 class TokenLM(nn.Module):
@@ -121,6 +169,7 @@ class TokenLM(nn.Module):
         num_codebooks, codebook_size: K and V of the tokenizer.
         num_layers, dim, num_heads: depth, width D, attention heads.
         channels: width C of the channel condition; the token embedding takes the other D - C. 0: none.
+        code_dim: width of a code's own vector before it is projected to D - C; None: it has D - C at once.
         pattern: "delay" or "parallel", see `pattern.py`.
         dropout: on the input and on what each block adds.
         ffn_multiple: the SwiGLU width is 8 D / 3 rounded up to a multiple of this.
@@ -135,6 +184,7 @@ class TokenLM(nn.Module):
         dim: int,
         num_heads: int,
         channels: int = 0,
+        code_dim: int | None = None,
         pattern: str = "delay",
         dropout: float = 0.0,
         ffn_multiple: int = 256,
@@ -149,9 +199,10 @@ class TokenLM(nn.Module):
         self.num_codebooks, self.codebook_size, self.special = num_codebooks, codebook_size, codebook_size
         self.delays = delays_of(pattern, num_codebooks)
         self.dim, self.num_heads, self.channels, self.rope_base = dim, num_heads, channels, rope_base
-        self.embeddings = nn.ModuleList(nn.Embedding(codebook_size + 1, dim - channels) for _ in range(num_codebooks))
+        embed = nn.Embedding if code_dim is None else lambda codes, dim: FactorisedEmbedding(codes, code_dim, dim)
+        self.embeddings = nn.ModuleList(embed(codebook_size + 1, dim - channels) for _ in range(num_codebooks))
         # the channel condition of steps past the last frame, which only a delay brings
-        self.after_end = nn.Parameter(torch.empty(channels)) if channels and max(self.delays) else None
+        self.after_end = nn.Parameter(torch.empty(1, 1, channels)) if channels and max(self.delays) else None
         self.dropout = nn.Dropout(dropout)
         self.blocks = nn.ModuleList(Block(dim, num_heads, ffn_multiple, norm_eps, dropout) for _ in range(num_layers))
         self.norm = RMSNorm(dim, norm_eps)
@@ -159,23 +210,43 @@ class TokenLM(nn.Module):
         self.apply(self._initialise)
         if self.after_end is not None:
             nn.init.normal_(self.after_end, std=0.02)
-        for head in self.heads:
-            nn.init.zeros_(head.weight)  # the first loss is exactly ln V
+        for weight in self.heads.parameters():
+            nn.init.zeros_(weight)  # the first loss is exactly ln V
 
     @staticmethod
     def _initialise(module: nn.Module) -> None:
         if isinstance(module, nn.Linear | nn.Embedding):
             nn.init.normal_(module.weight, std=0.02)
 
+    @torch.no_grad()
+    def embed_like(self, codebooks: Sequence[Codebook]) -> None:
+        """Begin with the codec's own vectors of its codes. Raises InputError where their widths differ from this model's."""
+        for embedding, codebook in zip(self.embeddings, codebooks, strict=False):
+            if not isinstance(embedding, FactorisedEmbedding) or embedding.table.embedding_dim != codebook.table.shape[1]:
+                raise InputError(
+                    f"the codec's codes have vectors of width {codebook.table.shape[1]}; set lm.code_dim to that, or "
+                    "task.embed_like_codec=false"
+                )
+            if embedding.bias.shape != codebook.bias.shape:
+                raise InputError(
+                    f"the codec projects its codes to width {len(codebook.bias)}, and this model has lm.dim - lm.channels = "
+                    f"{len(embedding.bias)} for them; make these equal, or set task.embed_like_codec=false"
+                )
+            embedding.table.weight[: len(codebook.table)] = codebook.table
+            embedding.scale.copy_(codebook.scale)
+            embedding.direction.copy_(codebook.direction)
+            embedding.bias.copy_(codebook.bias)
+
     def num_steps(self, frames: int) -> int:
         """Steps that predict `frames` token frames."""
         return frames + max(self.delays)
 
-    def new_cache(self, batch_size: int, max_steps: int) -> KVCache:
-        """An empty cache on the model's device, in its number format."""
+    def new_cache(self, batch_size: int, max_steps: int, reach: int | None = None) -> KVCache:
+        """An empty cache on the model's device, in its number format; with `reach` it forgets what lies further back."""
         weight = self.norm.weight
         shape = (batch_size, self.num_heads, max_steps, self.dim // self.num_heads)
-        return KVCache([weight.new_zeros(shape) for _ in self.blocks], [weight.new_zeros(shape) for _ in self.blocks])
+        keys, values = ([weight.new_zeros(shape) for _ in self.blocks] for _ in range(2))
+        return KVCache(keys, values, reach)
 
     def forward(self, codes: Tensor, condition: Condition) -> Tensor:
         """codes (B, K, T), ABSENT where nothing is known -> logits (B, K, T, V): [..., t, :] predicts codes[..., t]."""
@@ -192,15 +263,28 @@ class TokenLM(nn.Module):
         losses = F.cross_entropy(logits.float().flatten(0, 2), codes.flatten(), ignore_index=ABSENT, reduction="none")
         return losses.view_as(codes).sum((0, 2)) / scored.sum((0, 2)).clamp(min=1)
 
-    def step(self, steps: Tensor, condition: Condition, cache: KVCache | None = None, start: int = 0) -> Tensor:
+    def step(
+        self,
+        steps: Tensor,
+        condition: Condition,
+        cache: KVCache | None = None,
+        start: int = 0,
+        reach: int | None = None,
+    ) -> Tensor:
         """Steps (B, K, S) at positions [start, start + S) -> logits (B, K, S, V) of what each position is to hold next.
 
-        Position 0 reads nothing (all ABSENT); position s reads what step s - 1 of the pattern holds.
+        Position 0 reads nothing (all ABSENT); position s reads what step s - 1 of the pattern holds. `reach` limits attention
+        to that many steps and step 0; a cache brings its own.
         """
+        count, dropped = steps.shape[2], 0
+        if cache is not None:
+            cache.make_room(start, count)
+            reach, dropped = cache.reach, cache.dropped
         x = self._embed(steps, condition, start)
-        table = rotary_table(start, steps.shape[2], self.dim // self.num_heads, self.rope_base, x.device)
+        table = rotary_table(start, count, self.dim // self.num_heads, self.rope_base, x.device)
+        mask = attention_mask(start, count, reach, dropped, x.device)
         for layer, block in enumerate(self.blocks):
-            x = block(x, table, cache, layer, start)
+            x = block(x, table, mask, cache, layer, start)
         x = self.norm(x)
         return torch.stack([head(x) for head in self.heads], dim=1)
 
@@ -214,8 +298,10 @@ class TokenLM(nn.Module):
     def _channel(self, condition: Condition, start: int, count: int) -> Tensor:
         if condition.channel is None:
             raise ValueError(f"this LM reads a channel condition of width {self.channels} and was given none")
-        channel = condition.channel[:, start : start + count]
+        begin = start - condition.start
+        channel = condition.channel[:, begin : begin + count]
         missing = count - channel.shape[1]
         if missing and self.after_end is not None:
-            channel = torch.cat([channel, self.after_end.to(channel).expand(channel.shape[0], missing, -1)], dim=1)
+            after = self.after_end.to(channel).expand(channel.shape[0], missing, -1)
+            channel = torch.cat([channel, after], dim=1)
         return channel

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vaura.errors import InputError
+from vaura.errors import InputError, nearest
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,54 @@ class Sampler:
         total = cumulative[..., -1:]
         point = torch.minimum(draw.unsqueeze(-1) * total, torch.nextafter(total, torch.zeros_like(total)))
         return (cumulative <= point).sum(-1)
+
+
+SHAPES = ("linear", "cosine")
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """Classifier-free guidance (Ho and Salimans 2022): null + scale * (given - null) on the logits; 1 is off.
+
+    Args:
+        scale: at the first step of a window.
+        end: at its last step; None: the same throughout, as in V-AURA.
+        shape: how it gets there, "linear" or "cosine" (slow, fast, slow).
+    """
+
+    scale: float = 1.0
+    end: float | None = None
+    shape: str = "linear"
+
+    def __post_init__(self) -> None:
+        for name, value in (("guidance", self.scale), ("guidance_end", self.end)):
+            if value is not None and not (math.isfinite(value) and value >= 0):
+                raise InputError(f"{name}={value:g} is no scale; give 1 to switch it off, or a number above")
+        if self.shape not in SHAPES:
+            raise InputError(f"guidance_shape={self.shape} is none of {', '.join(SHAPES)}.{nearest(self.shape, SHAPES)}")
+
+    @classmethod
+    def of(cls, value: float | Guidance) -> Guidance:
+        return value if isinstance(value, Guidance) else cls(value)
+
+    @property
+    def on(self) -> bool:
+        """Whether the null has to be asked at all."""
+        return self.scale != 1.0 or (self.end is not None and self.end != 1.0)
+
+    def at(self, done: float) -> float:
+        """The scale when a share `done` of the steps, from 0 to 1, is behind."""
+        if self.end is None:
+            return self.scale
+        way = done if self.shape == "linear" else 0.5 - 0.5 * math.cos(math.pi * done)
+        return self.scale + (self.end - self.scale) * way
+
+    def __call__(self, logits: Tensor, done: float) -> Tensor:
+        """logits (2 B, ...), given and then null -> (B, ...); logits as they are where guidance is off."""
+        if not self.on:
+            return logits
+        given, null = logits.float().chunk(2)
+        return null + self.at(done) * (given - null)
 
 
 def draw_uniform(seeds: list[int], steps: int, num_codebooks: int) -> Tensor:

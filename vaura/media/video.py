@@ -18,6 +18,7 @@ from typing import Literal, NamedTuple
 import av
 import numpy as np
 import torch
+import torch.nn.functional as F
 from av.audio.frame import AudioFrame
 from av.audio.stream import AudioStream
 from av.container import InputContainer
@@ -39,6 +40,8 @@ HALF_TICK = Fraction(1, 2000)
 """Largest rounding of a stamp that is forgiven: containers that count milliseconds cannot write 1/30 s."""
 
 ATTACHED_PICTURE = 0x0400
+
+CENTRE = (0.5, 0.5)
 
 
 @dataclass(frozen=True)
@@ -102,23 +105,42 @@ def probe(path: str | Path) -> Probe:
 
 
 def read_video(
-    path: str | Path, start: float = 0.0, duration: float | None = None, fps: float = 25.0, size: int | None = None
+    path: str | Path,
+    start: float = 0.0,
+    duration: float | None = None,
+    fps: float = 25.0,
+    size: int | None = None,
+    *,
+    resize: int | None = None,
+    place: tuple[float, float] = CENTRE,
+    flip: bool = False,
+    hold: bool = False,
 ) -> Tensor:
     """Frames on screen at start, start + 1/fps, ...: (F, 3, H, W) uint8 RGB with F = timing.count(duration, fps).
 
-    Without `duration` to the end of the picture. `size` makes the short side `size` pixels (antialiased) and cuts the middle
-    square. The last frame is held for at most one source frame and `HOLD`; InputError where more is asked than there is, or
-    where the span cannot be decoded.
+    InputError where more is asked than there is, or where the span cannot be decoded.
+
+    Args:
+        duration: seconds; None: to the end of the picture.
+        size: side of the square cut out, pixels; None: the whole picture.
+        resize: short side before that, pixels; None: `size`. One other than `size` gives the very grey levels of torchvision's
+            antialiased Resize; `size` itself is reached while colours are converted, which is quicker and a few levels off.
+        place: where the square is cut, as shares of what is left over beside it and above it.
+        flip: mirror left and right.
+        hold: show the last frame for as long as is asked, if only `start` lies within the picture; else for at most one source
+            frame and `HOLD`.
     """
     check_span(path, start, duration)
     if fps <= 0 or (size is not None and size < 1):
         raise InputError(f"cannot read {path} at {fps} frames a second and size {size}: both must be above 0")
+    if resize is not None and resize < (size or 1):
+        raise InputError(f"cannot read {path} resized to {resize} pixels: a square of {size or 1} does not fit into that")
     begin = timing.exact(start)
     span = timing.exact(duration) if duration is not None else end_of(path, "video") - begin
     frames = timing.count(span, fps) if span > 0 else 0
     if frames < 1:
         raise InputError(f"{path} has no frame to give from {start:g} s on at {fps:g} frames a second; begin earlier")
-    convert = Converter(size)
+    convert = Converter(size, resize, place, flip)
     video, filled = torch.empty(0), 0
 
     def fill(shown: Shown, stop: int) -> None:
@@ -137,7 +159,7 @@ def read_video(
             return video
     with open_media(path) as file:
         spare = interval(picture(file, path)) + HOLD
-    if begin + span - shown.end > spare:
+    if (begin if hold else begin + span) - shown.end > spare:
         raise InputError(
             f"{path} shows a picture for {float(shown.end):.2f} s, but {start:g} s to {float(begin + span):g} s was asked; "
             "ask for less or leave the clip out"
@@ -147,30 +169,83 @@ def read_video(
 
 
 class Converter:
-    """Decoded frames -> upright RGB (3, H, W) uint8, resized while converting; one scaler serves all frames of a file."""
+    """Decoded frames -> upright RGB (3, H, W) uint8 of the wanted size; one scaler serves all frames of a file."""
 
-    def __init__(self, size: int | None = None):
-        self.size = size
+    def __init__(
+        self,
+        size: int | None = None,
+        resize: int | None = None,
+        place: tuple[float, float] = CENTRE,
+        flip: bool = False,
+    ):
+        self.size, self.place, self.flip = size, place, flip
+        self.resize = None if resize == size else resize
         self.scaler = VideoReformatter()
         self.shape: tuple[int, int] | None = None
 
     def __call__(self, frame: VideoFrame) -> Tensor:
         if self.shape is None:
             self.shape = self._shape(frame)
-        width, height = self.shape
         # BILINEAR in swscale widens its filter when it shrinks, so it is antialiased
-        scaled = self.scaler.reformat(frame, width, height, "rgb24", interpolation="BILINEAR")
-        image = scaled.to_ndarray()
+        scaled = self.scaler.reformat(frame, *self.shape, "rgb24", interpolation="BILINEAR")
+        image = torch.from_numpy(np.ascontiguousarray(turn(frame)(scaled.to_ndarray()))).permute(2, 0, 1)
+        if self.resize is not None:
+            image = resized(image, self.resize)
         if self.size is not None:
-            top, left = (height - self.size) // 2, (width - self.size) // 2
-            image = image[top : top + self.size, left : left + self.size]
-        return torch.from_numpy(np.ascontiguousarray(turn(frame)(image))).permute(2, 0, 1)
+            image = crop(image, self.size, self.place)
+        return image.flip(-1) if self.flip else image
 
     def _shape(self, frame: VideoFrame) -> tuple[int, int]:
-        if self.size is None:
+        """Width and height that colours are converted to."""
+        if self.size is None or self.resize is not None:
             return frame.width, frame.height
         short = min(frame.width, frame.height)
         return round(frame.width * self.size / short), round(frame.height * self.size / short)
+
+
+def resized(image: Tensor, short: int) -> Tensor:
+    """image (..., 3, H, W) uint8, its short side made `short` pixels and its long side in proportion, rounded down.
+
+    A smaller one grows. Bilinear with antialiasing: equal to torchvision's Resize.
+    """
+    height, width = image.shape[-2:]
+    if min(height, width) == short:
+        return image
+    shape = (short, short * width // height) if height <= width else (short * height // width, short)
+    flat = image.reshape(-1, *image.shape[-3:])
+    return F.interpolate(flat, shape, mode="bilinear", antialias=True).reshape(*image.shape[:-2], *shape)
+
+
+def crop(image: Tensor, size: int, place: tuple[float, float] = CENTRE) -> Tensor:
+    """The square of `size` pixels that leaves the shares `place` of the rest on its left and above it; a view.
+
+    In the centre equal to torchvision's CenterCrop, which rounds halves to even numbers.
+    """
+    height, width = image.shape[-2:]
+    left, top = round((width - size) * place[0]), round((height - size) * place[1])
+    return image[..., top : top + size, left : left + size]
+
+
+def segment_starts(frames: int, segment: int, count: int | None = None) -> list[int]:
+    """First frames of the `count` segments (None: as many as fit) side by side in the middle of `frames` video frames.
+
+    >>> segment_starts(70, 16)
+    [3, 19, 35, 51]
+    """
+    count = frames // segment if count is None else count
+    if count * segment > frames:
+        raise ValueError(f"{count} segments of {segment} video frames do not fit into {frames}")
+    first = (frames - count * segment) // 2
+    return [first + number * segment for number in range(count)]
+
+
+def evenly_spaced(frames: int, count: int) -> list[int]:
+    """`count` of `frames` video frames, the first and the last among them, rounded down; they repeat where frames are few.
+
+    >>> evenly_spaced(7, 4), evenly_spaced(3, 4)
+    ([0, 2, 4, 6], [0, 0, 1, 2])
+    """
+    return torch.linspace(0, frames - 1, count).long().tolist()
 
 
 @contextmanager

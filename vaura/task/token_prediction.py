@@ -11,12 +11,15 @@ from torch import Tensor, nn
 
 from vaura.data.clips import Batch
 from vaura.errors import InputError
-from vaura.lm.generation import Progress, generate_long
+from vaura.lm.generation import Progress, generate_rolling, generate_windows
 from vaura.lm.llama import TokenLM
-from vaura.lm.sampling import Sampler
+from vaura.lm.sampling import Guidance, Sampler
 from vaura.protocols import ABSENT, Condition, Conditioner, Encoder, Tokenizer
 from vaura.task.optimizer import Optimizer
-from vaura.timing import count
+from vaura.timing import Window, count, floor, published_windows, windows
+
+LOOPS = ("windows", "rolling", "published")
+"""Ways to go on beyond a window, see `TokenPrediction.sample`."""
 
 FROZEN = ("tokenizer.", "encoder.")
 
@@ -32,6 +35,9 @@ class TokenPrediction(LightningModule):
         drop_condition: share of training clips that see the null condition; guidance needs it.
         hide_history: share of training clips whose codes before a random frame are hidden from the LM, so that it learns to
             trust the picture where the sound so far says nothing.
+        hide_last: whether training hides the codes of a clip's last frame from the LM, as V-AURA does; generation shows them.
+        embed_like_codec: begin with the codec's own vectors of its codes, as V-AURA means to, where it offers them. Raises
+            InputError where they have other widths.
     """
 
     def __init__(
@@ -43,11 +49,15 @@ class TokenPrediction(LightningModule):
         optimizer: Optimizer,
         drop_condition: float = 0.1,
         hide_history: float = 0.0,
+        hide_last: bool = False,
+        embed_like_codec: bool = False,
     ) -> None:
         super().__init__()
         self.tokenizer, self.encoder, self.optimizer_of = tokenizer, encoder, optimizer
-        self.drop_condition, self.hide_history = drop_condition, hide_history
+        self.drop_condition, self.hide_history, self.hide_last = drop_condition, hide_history, hide_last
         self.lm = lm(num_codebooks=tokenizer.num_codebooks, codebook_size=tokenizer.codebook_size)
+        if embed_like_codec and (codebooks := getattr(tokenizer, "codebooks", None)):
+            self.lm.embed_like(codebooks())
         self.conditioner = conditioner(
             dim=encoder.dim,
             channels=self.lm.channels,
@@ -91,7 +101,7 @@ class TokenPrediction(LightningModule):
     def validation_step(self, batch: Batch | None, index: int) -> None:
         if batch is not None:
             self.validated = True
-            self._log("val", self.losses(batch, lambda codes: codes, None), len(batch["id"]))
+            self._log("val", self.losses(batch, self._hide_end, None), len(batch["id"]))
 
     def on_validation_epoch_start(self) -> None:
         self.validated = False
@@ -103,46 +113,78 @@ class TokenPrediction(LightningModule):
     def configure_optimizers(self) -> Any:
         return self.optimizer_of(self, self.trainer.estimated_stepping_batches)
 
-    def generate(
+    def test_step(self, batch: Batch | None, index: int) -> None:
+        if batch is not None:
+            self._log("test", self.losses(batch, self._hide_end, None), len(batch["id"]))
+
+    def generate(self, features: Tensor, duration: float, **how: Any) -> Tensor:
+        """features (B, M, E) of `duration` seconds -> wav (B, A, N) of exactly that length; `how` is that of `sample`.
+
+        The loop "published" ends where its 86 token frames a second end.
+        """
+        wav = self.tokenizer.decode(self.sample(features, duration, **how))
+        return wav[..., : count(duration, self.tokenizer.sample_rate)]
+
+    @torch.no_grad()
+    def sample(
         self,
         features: Tensor,
         duration: float,
         *,
         seeds: list[int],
         sampler: Sampler,
-        guidance: float,
+        guidance: float | Guidance,
         window: float,
         stride: float,
         prompt: Tensor | None = None,
+        loop: str = "windows",
         progress: Progress | None = None,
     ) -> Tensor:
-        """features (B, M, E) of `duration` seconds -> wav (B, A, N) of exactly that length.
+        """features (B, M, E) of `duration` seconds -> codes (B, K, T).
 
         Args:
             window, stride: seconds generated at once, and between the beginnings of two windows.
-            prompt: wav (B, A, N') that the sound begins with.
+            prompt: wav (B, A, N') that the sound begins with; what does not fill a token frame is left out.
+            loop: "windows" (each prompted by the one before), "rolling" (one stream through a cache that forgets) or
+                "published" (V-AURA's own windows, with its token rate of 86 Hz; they drift).
         """
-        frames = self.tokenizer.num_frames(duration)
-        codes = generate_long(
-            self.lm,
-            self.condition(features, frames, guidance),
-            frames,
-            window=max(count(window, self.tokenizer.frame_rate), 1),
-            stride=max(count(stride, self.tokenizer.frame_rate), 1),
-            seeds=seeds,
-            sampler=sampler,
-            guidance=guidance,
-            prompt=None if prompt is None else self.tokenizer.encode(prompt.to(self.device)),
-            progress=progress,
-        )
-        return self.tokenizer.decode(codes)[..., : count(duration, self.tokenizer.sample_rate)]
+        rate, guidance = self.tokenizer.frame_rate, Guidance.of(guidance)
+        codes = None
+        if prompt is not None:
+            whole = floor(prompt.shape[2] / self.tokenizer.sample_rate, rate)
+            codes = self.tokenizer.encode(prompt.to(self.device))[:, :, :whole]
+        how = {"seeds": seeds, "sampler": sampler, "guidance": guidance, "prompt": codes, "progress": progress}
+        if loop == "published":
+            pairs = published_windows(duration, stride)
+            segments = dict(pairs)
+            return generate_windows(
+                self.lm,
+                lambda span: self.condition(self._segments(features, segments[span]), None, guidance),
+                [span for span, _ in pairs],
+                **how,
+            )
+        spans = windows(self.tokenizer.num_frames(duration), rate, window, stride)
+        follow = generate_rolling if loop == "rolling" else generate_windows
+        return follow(self.lm, lambda span: self.condition(features, span, guidance), spans, **how)
 
-    def condition(self, features: Tensor, frames: int, guidance: float) -> Condition:
-        """The condition of B clips, or of 2 B rows with guidance: the clips and their nulls."""
-        if guidance == 1.0:
-            return self.conditioner(features, frames)
+    def condition(self, features: Tensor, span: Window | None, guidance: Guidance) -> Condition:
+        """The condition of a window (None: of as many frames as the features last), with guidance followed by its null."""
+        if span is None:
+            repeat = self.conditioner.repeat  # type: ignore[attr-defined]
+            span = Window(0, features.shape[1] * repeat, 0)
+        frames = span.stop - span.start
+        if not guidance.on:
+            return self.conditioner(features, frames, None, span.start)
         null = torch.arange(2 * len(features), device=features.device) >= len(features)
-        return self.conditioner(torch.cat([features, features]), frames, null)
+        return self.conditioner(torch.cat([features, features]), frames, null, span.start)
+
+    def _segments(self, features: Tensor, wanted: range) -> Tensor:
+        """The features of some segments, counted round and round as the published windows do."""
+        size = count(self.encoder.segment / self.encoder.fps, self.encoder.frame_rate)
+        segments = features.unfold(1, size, size).transpose(2, 3)
+        if not wanted or not segments.shape[1]:
+            raise InputError("loop=published looks at whole segments of 0.64 s, and here is none; set loop=windows")
+        return segments[:, [number % segments.shape[1] for number in wanted]].flatten(1, 2)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """What was trained, without the frozen parts."""
@@ -157,14 +199,20 @@ class TokenPrediction(LightningModule):
             raise RuntimeError(f"missing keys: {missing[:5]}; unexpected keys: {result.unexpected_keys[:5]}")
         return result
 
+    def _hide_end(self, codes: Tensor) -> Tensor:
+        if not self.hide_last:
+            return codes
+        return torch.cat([codes[:, :, :-1], torch.full_like(codes[:, :, -1:], ABSENT)], dim=2)
+
     def _hide(self, codes: Tensor) -> Tensor:
         batch, _, frames = codes.shape
         hidden = torch.rand(batch, device=codes.device) < self.hide_history
         until = (torch.rand(batch, device=codes.device) * frames).long() * hidden
         before = torch.arange(frames, device=codes.device) < until.unsqueeze(1)
-        return codes.masked_fill(before.unsqueeze(1), ABSENT)
+        return self._hide_end(codes.masked_fill(before.unsqueeze(1), ABSENT))
 
     def _log(self, split: str, losses: Tensor, batch_size: int) -> None:
-        shared = {"batch_size": batch_size, "on_epoch": split == "val", "sync_dist": split == "val"}
+        held_out = split != "train"
+        shared = {"batch_size": batch_size, "on_epoch": held_out, "on_step": not held_out, "sync_dist": held_out}
         self.log(f"{split}/loss", losses.mean(), prog_bar=True, **shared)
         self.log_dict({f"{split}/loss_codebook_{k}": loss for k, loss in enumerate(losses)}, **shared)

@@ -5,16 +5,20 @@ Code and weights are licensed CC-BY-NC 4.0. The package is imported only when th
 
 from __future__ import annotations
 
+import math
 import pickle
 import warnings
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from vaura.errors import InputError
+from vaura.media.pieces import PIECE, Reach, chain, convolution, join, stream, transposed
 from vaura.timing import cover
 from vaura.weights import fetch
 
@@ -23,6 +27,7 @@ if TYPE_CHECKING:
 
 FOLDER = "https://dl.fbaipublicfiles.com/encodec/v0/"
 HOP_LENGTH = 320
+FADE = 1.0  # seconds in which one stereo piece gives way to the next
 
 
 @dataclass(frozen=True)
@@ -48,17 +53,21 @@ PUBLISHED = {
 class EnCodec(nn.Module):
     """Tokenizer over the published EnCodec models: "24khz" is mono and causal, "48khz" stereo.
 
-    The 24 kHz model gives the package's own codes and sound. The package cuts 48 kHz sound into overlapping seconds and keeps
-    a scale beside the codes of each; tokens of a language model come as one stream and bring no scale. So here the whole
-    signal is one segment: it is divided by the root mean square of its mono mix before encoding, as the package does with
-    each second, and what is decoded sounds at `loudness`, the root mean square that stands for every scale. Sound of
-    up to 0.99 s has the package's own codes. Both models run in single precision, also under autocast.
+    The 24 kHz model gives the package's own codes and sound, and sound longer than `piece` seconds is worked on in pieces with
+    the same result. The package cuts 48 kHz sound into overlapping seconds and keeps a scale beside the codes of each; tokens
+    of a language model come as one stream and bring no scale. So here the whole signal is one segment: it is divided by the
+    root mean square of its mono mix before encoding, as the package does with each second, and what is decoded sounds at
+    `loudness`, the root mean square that stands for every scale. Sound of up to 0.99 s has the package's own codes. The layers
+    of this model are normalised over all they are given, so that no piece can equal a part of the whole; stereo longer than
+    `piece` is cut into equal pieces, each normalised with its surroundings, and one fades into the next when decoded. Both
+    models run in single precision, also under autocast.
 
     `weights` is a local file, or None to fetch the published one once. Raises InputError for a model, a bandwidth or a file
     that does not fit.
     """
 
     codebook_size = 1024
+    piece = PIECE
 
     def __init__(self, model: str, bandwidth: float, weights: str | None = None, loudness: float = 0.1) -> None:
         super().__init__()
@@ -89,21 +98,44 @@ class EnCodec(nn.Module):
         """wav (B, A, N) in [-1, 1] -> codes (B, K, T) int64, T = ceil(N / 320)."""
         if wav.dim() != 3 or wav.shape[1] != self.channels:
             raise InputError(f"this EnCodec encodes {self.channels} channels, (B, {self.channels}, N), not {tuple(wav.shape)}")
+        frames, size = -(-wav.shape[-1] // HOP_LENGTH), self.num_frames(self.piece)
         with torch.autocast(wav.device.type, enabled=False):
-            wav = wav.float()
-            if self.normalize:
-                wav = wav / (1e-8 + wav.mean(1, keepdim=True).square().mean(2, keepdim=True).sqrt())
-            codes = self.quantizer.encode(self.encoder(wav), int(self.frame_rate), self.bandwidth)
-        return codes.transpose(0, 1)
+            if not self.normalize:
+                pieces = (piece.float() for piece in wav.split(size * HOP_LENGTH, -1))
+                return join((self._codes(latents) for latents in through(self.encoder.model, pieces)), frames)
+            scale = 1e-8 + mean_square(wav, size * HOP_LENGTH).sqrt()
+            codes = []
+            for start, stop, before, after in self._spans(frames):
+                seen = wav[..., (start - before) * HOP_LENGTH : (stop + after) * HOP_LENGTH].float()
+                latents = self.encoder(seen / scale)[..., before : before + stop - start]
+                codes.append(self._codes(latents))
+            return torch.cat(codes, -1)
 
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:
         """codes (B, K, T) -> wav (B, A, T * 320)."""
         if codes.min() < 0 or codes.max() >= self.codebook_size:
             raise InputError(f"EnCodec decodes codes from 0 to {self.codebook_size - 1}: generate the absent ones first")
+        frames, size = codes.shape[-1], self.num_frames(self.piece)
         with torch.autocast(codes.device.type, enabled=False):
-            wav = self.decoder(self.quantizer.decode(codes.transpose(0, 1)))
-        return wav * self.loudness if self.normalize else wav
+            if not self.normalize:
+                latents = (self._latents(piece) for piece in codes.split(size, -1))
+                return join(through(self.decoder.model, latents), frames * HOP_LENGTH)
+            spans = [codes[..., start - before : stop + after] for start, stop, before, after in self._spans(frames)]
+            pieces = (self.decoder(self._latents(span)) * self.loudness for span in spans)
+            return join(faded(pieces, 2 * self.num_frames(FADE / 2) * HOP_LENGTH), frames * HOP_LENGTH)
+
+    def _spans(self, frames: int) -> list[tuple[int, int, int, int]]:
+        """As few equal spans of token frames as pieces need: start, stop, and how many frames to see before and after."""
+        number, margin = -(-frames // self.num_frames(max(self.piece, FADE))), self.num_frames(FADE / 2)
+        edges = [frames * n // number for n in range(number + 1)]
+        return [(a, b, margin if a else 0, margin if b < frames else 0) for a, b in pairwise(edges)]
+
+    def _codes(self, latents: Tensor) -> Tensor:
+        return self.quantizer.encode(latents, int(self.frame_rate), self.bandwidth).transpose(0, 1)
+
+    def _latents(self, codes: Tensor) -> Tensor:
+        return self.quantizer.decode(codes.transpose(0, 1))
 
 
 def build(model: str) -> EncodecModel:
@@ -117,6 +149,72 @@ def build(model: str) -> EncodecModel:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*weight_norm.*", category=FutureWarning)
         return make(pretrained=False)
+
+
+def through(model: nn.Sequential, pieces: Iterable[Tensor]) -> Iterator[Tensor]:
+    """A causal encoder or decoder of the package, applied to what comes in pieces (B, C, n) as if it came whole."""
+    from encodec.modules.lstm import SLSTM
+
+    local: list[nn.Module] = []
+    for layer in [*model, None]:
+        if isinstance(layer, SLSTM) or layer is None:
+            pieces = stream(nn.Sequential(*local), chain(map(reach, local)), pieces)
+            local = []
+        if isinstance(layer, SLSTM):
+            pieces = recur(layer, pieces)
+        elif layer is not None:
+            local.append(layer)
+    return iter(pieces)
+
+
+def recur(layer: Any, pieces: Iterable[Tensor]) -> Iterator[Tensor]:
+    """The package's SLSTM, which goes on in each piece (B, C, n) where it stood at the end of the last."""
+    state = None
+    for piece in pieces:
+        steps = piece.permute(2, 0, 1)
+        out, state = layer.lstm(steps, state)
+        yield (out + steps if layer.skip else out).permute(1, 2, 0)
+
+
+def reach(layer: Any) -> Reach:
+    """What an output of one of the package's layers sees. They pad by reflection, the causal ones on the left alone."""
+    from encodec.modules.conv import SConv1d, SConvTranspose1d
+    from encodec.modules.seanet import SEANetResnetBlock
+
+    if isinstance(layer, SConv1d):
+        conv: Any = layer.conv.conv
+        kernel, stride, dilation = conv.kernel_size[0], conv.stride[0], conv.dilation[0]
+        padding = (kernel - 1) * dilation - (stride - 1)
+        return convolution(kernel, stride, dilation, padding if layer.causal else padding - padding // 2).mirrored()
+    if isinstance(layer, SConvTranspose1d):
+        conv: Any = layer.convtr.convtr
+        kernel, stride = conv.kernel_size[0], conv.stride[0]
+        behind = math.ceil((kernel - stride) * layer.trim_right_ratio) if layer.causal else (kernel - stride) // 2
+        return transposed(kernel, stride, kernel - stride - behind)
+    if isinstance(layer, SEANetResnetBlock):
+        return chain(map(reach, layer.block))
+    return Reach()
+
+
+def faded(pieces: Iterable[Tensor], overlap: int) -> Iterator[Tensor]:
+    """Pieces (..., n) as one: each begins with the last `overlap` samples of the one before, which gives way to it there."""
+    ending = None
+    for piece in pieces:
+        if ending is not None:
+            rise = (torch.arange(overlap, device=piece.device) + 0.5) / overlap
+            piece = torch.cat([ending.lerp(piece[..., :overlap], rise), piece[..., overlap:]], -1)
+        yield piece[..., :-overlap]
+        ending = piece[..., -overlap:]
+    if ending is not None:
+        yield ending
+
+
+def mean_square(wav: Tensor, size: int) -> Tensor:
+    """Of the mono mix of wav (B, A, N), `size` samples at a time: (B, 1, 1)."""
+    total = torch.zeros(len(wav), 1, 1, device=wav.device)
+    for part in wav.split(size, -1):
+        total += part.float().mean(1, keepdim=True).square().mean(2, keepdim=True) * (part.shape[-1] / wav.shape[-1])
+    return total
 
 
 def load(codec: nn.Module, path: Path) -> None:

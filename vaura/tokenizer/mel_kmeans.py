@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from operator import length_hint
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -22,6 +23,7 @@ from torch.nn import functional as F
 from vaura.errors import InputError
 from vaura.files import write_aside
 from vaura.media.mel import LogMel
+from vaura.media.pieces import PIECE, convolution, join, stream, transposed
 from vaura.progress import track
 from vaura.protocols import Vocoder
 from vaura.timing import cover
@@ -29,21 +31,30 @@ from vaura.timing import cover
 TINY = 1e-12  # lets sampling go on where every distance is zero, as in silence
 
 
+class StreamingVocoder(Vocoder, Protocol):
+    def stream(self, pieces: Iterable[Tensor]) -> Iterator[Tensor]:
+        """log-mel that comes in pieces (B, n_mels, M) -> wav in pieces (B, 1, N), as if the mel had come whole."""
+        ...
+
+
 class MelKMeans(nn.Module):
     """Tokenizer of mono sound at `sample_rate / (hop_length * stack)` token frames a second.
+
+    Sound longer than `piece` seconds is encoded and decoded in pieces, as it would be whole.
 
     `weights` is a file written by `save`; without it call `fit`. Raises InputError where the file or the vocoder has other
     settings, and on `encode` and `decode` before it is fitted.
     """
 
     channels = 1
+    piece = PIECE
     mean: Tensor  # (D,) with D = stack * n_mels
     codebooks: Tensor  # (K, V, D)
     correction: Tensor  # (3 D, D)
 
     def __init__(
         self,
-        vocoder: Vocoder,
+        vocoder: StreamingVocoder,
         sample_rate: int = 16_000,
         n_mels: int = 64,
         n_fft: int = 512,
@@ -96,8 +107,10 @@ class MelKMeans(nn.Module):
         self._require_fitted()
         if wav.dim() != 3 or wav.shape[1] != 1:
             raise InputError(f"mel_kmeans encodes mono sound (B, 1, N), not the shape {tuple(wav.shape)}: mix it down first")
-        frames = self._frames(wav[:, 0]) - self.mean
-        return quantise(frames.flatten(0, 1), self.codebooks).view(*frames.shape[:2], -1).transpose(1, 2)
+        hop, n_fft = self.mel.hop_length, len(self.mel.window)
+        seen = convolution(n_fft, hop, padding=(n_fft - hop) // 2).then(convolution(self.stack, self.stack))
+        pieces = wav[:, 0].split(self.num_frames(self.piece) * self.hop_length, -1)
+        return join(stream(self._codes, seen, pieces), -(-wav.shape[-1] // self.hop_length))
 
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:
@@ -107,11 +120,25 @@ class MelKMeans(nn.Module):
             raise InputError(f"mel_kmeans decodes {self.num_codebooks} codebooks; the codes given have {codes.shape[1]}")
         if codes.min() < 0 or codes.max() >= self.codebook_size:
             raise InputError(f"mel_kmeans decodes codes from 0 to {self.codebook_size - 1}: generate the absent ones first")
+        size = self.num_frames(self.piece)
+        if codes.shape[2] <= size:
+            return self.vocoder(self._mel(codes))
+        seen = convolution(3, padding=1).then(transposed(self.stack, self.stack))
+        mels = stream(self._mel, seen, codes.split(size, -1))
+        return join(self.vocoder.stream(mels), codes.shape[2] * self.hop_length)
+
+    def _codes(self, wav: Tensor) -> Tensor:
+        """wav (B, N) -> codes (B, K, T)."""
+        frames = self._frames(wav) - self.mean
+        return quantise(frames.flatten(0, 1), self.codebooks).view(*frames.shape[:2], -1).transpose(1, 2)
+
+    def _mel(self, codes: Tensor) -> Tensor:
+        """codes (B, K, T) -> log-mel (B, n_mels, T * stack)."""
         frames = dequantise(codes.transpose(1, 2), self.codebooks)
         with torch.autocast(codes.device.type, enabled=False):
             frames = frames + neighbours(frames) @ self.correction + self.mean
         mel = frames.unflatten(-1, (self.stack, -1)).flatten(1, 2).transpose(1, 2)
-        return self.vocoder(mel.clamp_min(math.log(self.mel.floor)))
+        return mel.clamp_min(math.log(self.mel.floor))
 
     def _frames(self, wav: Tensor) -> Tensor:
         """wav (B, N) -> stacked log-mel (B, T, stack * n_mels), always in single precision."""

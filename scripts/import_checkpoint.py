@@ -1,0 +1,79 @@
+"""Turn an experiment that V-AURA published into one of the house, with safetensors.
+
+    python scripts/import_checkpoint.py EXPERIMENT FOLDER [--checkpoint FILE] [--encoder-weights FILE]
+
+EXPERIMENT is V-AURA's folder (`checkpoints/*.ckpt` and a subfolder with `hparams.yaml`), or the name of a published one, which
+is fetched. FOLDER becomes a new experiment: config.yaml, checkpoints/*.safetensors with what was trained, encoder.safetensors
+and tokenizer.safetensors with what was frozen, and import.json, which names every key that was used, dropped or missed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from safetensors.torch import save_file
+
+from vaura import experiment
+from vaura.checkpoint import CHECKPOINTS
+from vaura.config import save_config
+from vaura.errors import InputError
+from vaura.files import make_folder, write_aside
+from vaura.published import find_experiment, is_published, read_published
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns its exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("experiment", help="folder of a published experiment, or its name")
+    parser.add_argument("folder", type=Path, help="folder of the new experiment")
+    parser.add_argument("--checkpoint", type=Path, help="a file in place of the one with the lowest validation loss")
+    parser.add_argument("--encoder-weights", help="AV-CLIP's epoch_best.pt, where the checkpoint holds none")
+    given = parser.parse_args(argv)
+    try:
+        print(import_experiment(given.experiment, given.folder, given.checkpoint, given.encoder_weights))
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def import_experiment(
+    source: str | Path, folder: Path, checkpoint: Path | None = None, encoder_weights: str | None = None
+) -> str:
+    """Write the experiment `source` anew into `folder`; returns what became of its keys, in a few lines.
+
+    Raises InputError where `source` is no published experiment, `folder` is not empty, or a key of the model is missing.
+    """
+    source = find_experiment(source)
+    if not is_published(source):
+        raise InputError(f"{source} is no experiment of V-AURA's own: it has no {CHECKPOINTS}/*.ckpt, or has a config.yaml")
+    if folder.exists() and any(folder.iterdir()):
+        raise InputError(f"{folder} is not empty; name a new folder")
+    reading = read_published(source, checkpoint, encoder_weights)
+    task = experiment.build(reading.config)
+    ours = task.state_dict()
+    missed = sorted(ours.keys() - reading.state.keys())
+    experiment.check_model({"state_dict": reading.state}, task, reading.checkpoint)
+
+    make_folder(folder / CHECKPOINTS)
+    with write_aside(folder / CHECKPOINTS / f"{reading.checkpoint.stem}.safetensors") as aside:
+        save_file({key: value.clone().contiguous() for key, value in reading.state.items()}, aside)
+    for part, name in ((task.tokenizer, experiment.TOKENIZER), (task.encoder, experiment.ENCODER)):
+        part.save(folder / name)
+    config = reading.config.copy()
+    config.tokenizer.weights = config.encoder.weights = None  # those of the experiment itself
+    save_config(config, folder / experiment.CONFIG)
+    account = {"source": str(reading.checkpoint), "used": reading.used, "dropped": reading.dropped, "missed": missed}
+    with write_aside(folder / "import.json") as aside:
+        aside.write_text(json.dumps(account, indent=2) + "\n")
+    lines = [f"{len(reading.used)} keys used, {len(reading.dropped)} dropped, {len(missed)} missed: {folder / 'import.json'}"]
+    lines += [f"  dropped {key}: {why}" for key, why in reading.dropped.items()]
+    return "\n".join([*lines, f"experiment: {folder}"])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,156 @@
+"""Features kept on disk: encoded once for a picture, a span and an encoder, read whenever the same are asked for again.
+
+A file is named after everything its features depend on, so nothing is ever out of date: another video, span, setting or weight
+is another file. The folder may be deleted at any time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import warnings
+import zlib
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Protocol
+from weakref import WeakKeyDictionary
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from vaura.errors import InputError
+from vaura.files import write_aside
+from vaura.protocols import Encoder
+from vaura.timing import exact
+
+FORMAT = 1
+"""Raised whenever pictures are read, or encoded, differently: what was cached before is then never found."""
+
+MEGABYTE = 1_000_000
+
+
+class Span(Protocol):
+    """A span of a video file, seconds; `data.manifest.Clip` is one."""
+
+    @property
+    def video(self) -> Path: ...
+
+    @property
+    def start(self) -> float: ...
+
+    @property
+    def duration(self) -> float: ...
+
+
+class FeatureCache:
+    """Features of spans of video files below `folder`, which any number of processes may share."""
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self._fingerprints: WeakKeyDictionary[Encoder | nn.Module, tuple[Any, str]] = WeakKeyDictionary()
+
+    def features(self, encoder: Encoder | nn.Module, span: Span, compute: Callable[[], Tensor]) -> Tensor:
+        """What `compute` gives for `span`, from the disk where it is there; then it lies in the memory of the CPU.
+
+        A file that cannot be read is computed anew, with a warning. Raises InputError where the video is missing or the folder
+        cannot be written.
+        """
+        path = self.path(encoder, span)
+        kept = _read(path)
+        if kept is None:
+            kept = compute()
+            _write(path, kept)
+        return kept
+
+    def path(self, encoder: Encoder | nn.Module, span: Span) -> Path:
+        """The file that holds the features of `span`, or will."""
+        facts = {
+            "format": FORMAT,
+            "encoder": self._fingerprint(encoder),
+            "video": content_hash(span.video),
+            "start": str(exact(span.start)),
+            "duration": str(exact(span.duration)),
+        }
+        name = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+        return self.folder / name[:2] / f"{name}.safetensors"
+
+    def _fingerprint(self, encoder: Encoder | nn.Module) -> str:
+        """`fingerprint`, for which all weights are read, only once until they are replaced or written to."""
+        now = [_description(encoder)]
+        now += [f"{key} {value.data_ptr()} {value._version}" for key, value in _weights(encoder).items()]
+        before, known = self._fingerprints.get(encoder, (None, ""))
+        if now != before:
+            known = fingerprint(encoder)
+            self._fingerprints[encoder] = (now, known)
+        return known
+
+
+def fingerprint(encoder: Encoder | nn.Module) -> str:
+    """32 hex digits that change with an encoder's class, settings, weights and precision, and not with its device.
+
+    Settings are what the contract names, `settings` where it has them, and what its parts print.
+    """
+    digest = hashlib.sha256(_description(encoder).encode())
+    for key, value in sorted(_weights(encoder).items()):
+        digest.update(f"\n{key} {value.dtype} {tuple(value.shape)}\n".encode())
+        digest.update(_bytes(value))
+    return digest.hexdigest()[:32]
+
+
+def _description(encoder: Encoder | nn.Module) -> str:
+    told = {name: getattr(encoder, name, None) for name in (*Encoder.__annotations__, "settings")}
+    return f"{type(encoder).__module__}.{type(encoder).__qualname__} {told} {encoder}"
+
+
+def _weights(encoder: Encoder | nn.Module) -> dict[str, Tensor]:
+    return encoder.state_dict() if isinstance(encoder, nn.Module) else {}
+
+
+def content_hash(path: str | Path) -> str:
+    """sha256 of a file's content; it is read again when its size or time changed. InputError where there is no file."""
+    path = Path(path).resolve()
+    try:
+        status = path.stat()
+        return _content_hash(path, status.st_size, status.st_mtime_ns)
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror}); check the path") from error
+
+
+@lru_cache(maxsize=100_000)
+def _content_hash(path: Path, size: int, modified: int) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(MEGABYTE):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def _read(path: Path) -> Tensor | None:
+    """The tensor in `path`; None where there is none, and with a warning where it is not the one that was written."""
+    if not path.exists():
+        return None
+    try:
+        with safe_open(path, framework="pt") as file:
+            features, checksum = file.get_tensor("features"), (file.metadata() or {}).get("crc32")
+    except (SafetensorError, OSError) as error:
+        reason = str(error)
+    else:
+        if checksum == str(zlib.crc32(_bytes(features))):
+            return features
+        reason = "its checksum is wrong"
+    warnings.warn(f"the cached features {path} are broken ({reason}) and are computed again", stacklevel=3)
+    return None
+
+
+def _write(path: Path, features: Tensor) -> None:
+    kept = features.detach().cpu().contiguous()
+    with write_aside(path) as aside:
+        save_file({"features": kept}, aside, metadata={"crc32": str(zlib.crc32(_bytes(kept)))})
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    """The tensor's content; numpy knows no bfloat16, so any type goes as bytes."""
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
