@@ -11,14 +11,21 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from pathlib import Path
+    from typing import Any
 
     from vaura.generate import VideoToAudio
 
 __version__ = "0.1.0"
 
 
-def load(experiment_path: str | Path, checkpoint: str | Path | None = None, device: str = "auto") -> VideoToAudio:
-    """A trained experiment, ready to generate; see `vaura.generate.VideoToAudio`."""
+def load(
+    experiment_path: str | Path,
+    checkpoint: str | Path | None = None,
+    device: str = "auto",
+    overrides: Any = None,
+    features_cache: str | Path | None = None,
+) -> VideoToAudio:
+    """A trained experiment, of the house or of V-AURA's own, ready to generate; see `vaura.generate.VideoToAudio`."""
     from vaura.generate import VideoToAudio  # brings torch, which asking for the version does not need
 
-    return VideoToAudio(experiment_path, checkpoint, device)
+    return VideoToAudio(experiment_path, checkpoint, device, overrides, features_cache)

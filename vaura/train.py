@@ -21,6 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from vaura import experiment
 from vaura.checkpoint import CHECKPOINTS, best_checkpoint
 from vaura.components import check_components, instantiate
+from vaura.data.manifest import PREDICT
 from vaura.data.module import VideoData
 from vaura.errors import InputError
 from vaura.files import write_aside
@@ -202,7 +203,7 @@ def learn(config: DictConfig, task: TokenPrediction, data: VideoData, folder: Pa
             ),
             EarlyStopping("val/loss", patience=settings.patience, check_on_train_epoch_end=False),
             Preview(
-                data.dataset("val"),
+                data.dataset(PREDICT if data.clips[PREDICT] else "val"),
                 settings.preview_clips,
                 instantiate(settings.sampler),
                 settings.guidance,

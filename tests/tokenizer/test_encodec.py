@@ -105,6 +105,77 @@ def test_half_precision_around_it_changes_nothing(package):
         torch.testing.assert_close(ours.decode(codes), plain)
 
 
+@pytest.mark.parametrize("samples", [4800, 4680, 6421])
+@pytest.mark.parametrize("frames", [1, 3, 8])
+def test_long_mono_is_what_it_is_whole(package, samples, frames, monkeypatch):
+    ours = EnCodec("24khz", 6, str(package["24khz"][1]))
+    wav = sound(1, samples)
+    codes = ours.encode(wav)
+    whole, latents = ours.decode(codes), ours.encoder(wav)
+    monkeypatch.setattr(ours, "piece", frames / 75)
+    assert ours.num_frames(ours.piece) == frames
+    # a code between two equally near entries may go either way by rounding: the latents say more
+    pieces = encodec.through(ours.encoder.model, wav.split(frames * 320, -1))
+    torch.testing.assert_close(torch.cat(list(pieces), -1), latents, rtol=0, atol=1e-6)
+    assert (ours.encode(wav) == codes).float().mean() > 0.95
+    torch.testing.assert_close(ours.decode(codes), whole, rtol=0, atol=1e-6)
+
+
+def test_the_reach_of_the_package_is_not_underestimated(package):
+    """What an output depends on, told by gradients of everything before the LSTM, in the middle and at both ends."""
+    codec, _ = package["24khz"]
+    front = nn.Sequential(*list(codec.encoder.model)[:-3])
+    assert "SLSTM" not in str(front)
+    assert "SLSTM" in str(codec.encoder.model[-3])
+    reach = encodec.chain(map(encodec.reach, front))
+    x = sound(1, 3200 - 121, batch=1).requires_grad_()
+    latents = front(x)
+    for frame in (0, 1, 5, latents.shape[-1] - 1):
+        (gradient,) = torch.autograd.grad(latents[0, :, frame].square().sum(), x, retain_graph=True)
+        seen = gradient[0, 0].nonzero().flatten()
+        assert frame * reach.step - reach.before <= seen.min().item()
+        assert seen.max().item() <= frame * reach.step + reach.after
+
+
+def test_long_stereo_has_no_seams(package, monkeypatch):
+    """Pieces, each normalised with its surroundings, leave a small error, which is no greater where they meet."""
+    ours = EnCodec("48khz", 3, str(package["48khz"][1]))
+    samples, moment = 3 * ours.sample_rate, ours.sample_rate // 20
+    time = torch.arange(samples) / ours.sample_rate
+    wav = 0.1 * torch.sin(2 * math.pi * 440 * time * (1 + 0.05 * time)) + 0.02 * sound(2, samples, batch=1)
+    codes = ours.encode(wav)
+    whole = ours.decode(codes)
+    monkeypatch.setattr(ours, "piece", 1.5)
+    assert (ours.encode(wav) == codes).float().mean() > 0.8
+    pieces = ours.decode(codes)
+    error = (pieces - whole)[0].square().mean(0).view(-1, moment).mean(1).sqrt()
+    assert 0 < error.max() < 0.02 * whole.square().mean().sqrt()
+    bend = [part.diff(n=2, prepend=part[..., :2]).abs()[0].amax(0).view(-1, moment).amax(1) for part in (pieces, whole)]
+    meeting = slice(20, 40)  # one second about the middle, in moments of 50 ms
+    assert error[meeting].mean() < 1.5 * error.mean()
+    assert bend[0][meeting].max() < 1.05 * bend[1][meeting].max()  # a click would be a sharp one
+
+
+def test_stereo_of_up_to_a_piece_is_whole(package, monkeypatch):
+    ours = EnCodec("48khz", 3, str(package["48khz"][1]))
+    codes = ours.encode(sound(2, 48_000, batch=1))
+    wav = ours.decode(codes)
+    monkeypatch.setattr(ours, "piece", 1.0)
+    assert torch.equal(ours.encode(sound(2, 48_000, batch=1)), codes)
+    assert torch.equal(ours.decode(codes), wav)
+
+
+def test_fading_pieces_of_one_signal_give_it_back():
+    wav = torch.arange(10.0)
+    pieces = [wav[:5], wav[2:8], wav[5:]]
+    torch.testing.assert_close(torch.cat(list(encodec.faded(pieces, 3))), wav)
+    ones, zeros = torch.ones(6), torch.zeros(6)
+    torch.testing.assert_close(
+        torch.cat(list(encodec.faded([ones, zeros], 4))), torch.tensor([1, 1, 0.875, 0.625, 0.375, 0.125, 0, 0])
+    )
+    assert torch.equal(torch.cat(list(encodec.faded([wav[:2]], 3))), wav[:2])
+
+
 def test_wrong_choices_list_the_right_ones(package):
     with pytest.raises(InputError, match="choose from 24khz, 48khz"):
         EnCodec("32khz", 6)

@@ -1,3 +1,4 @@
+import copy
 import json
 import math
 from pathlib import Path
@@ -138,6 +139,19 @@ def test_silence_can_be_fitted_and_stays_silent():
     tokenizer = make(codebook_size=8)
     tokenizer.fit([torch.zeros(1, 16_000)])
     assert tokenizer.decode(tokenizer.encode(torch.zeros(1, 1, 3200))).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("frames", [1, 7, 33])
+def test_long_sound_is_what_it_is_whole(fitted, unseen, frames):
+    """Sound in double precision, for the phases that are summed over a long one are not told from one another in single."""
+    wav = unseen[:, :, :15_000]
+    pieces = copy.deepcopy(fitted)
+    pieces.piece = frames / 50
+    codes = fitted.encode(wav)
+    assert torch.equal(pieces.encode(wav), codes)
+    assert pieces.decode(codes).shape == (len(wav), 1, 15_040)
+    whole, pieces = copy.deepcopy(fitted).double(), pieces.double()
+    torch.testing.assert_close(pieces.decode(codes), whole.decode(codes), rtol=0, atol=1e-8)
 
 
 def test_nearest_entry_is_the_least_distance():
