@@ -9,6 +9,7 @@ Shape legend, used in every docstring:
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol, runtime_checkable
 
@@ -77,6 +78,10 @@ class Vocoder(Protocol):
 
     def __call__(self, mel: Tensor) -> Tensor:
         """log-mel (B, n_mels, M) -> wav (B, 1, N)."""
+        ...
+
+    def stream(self, pieces: Iterable[Tensor]) -> Iterator[Tensor]:
+        """log-mel that comes in pieces (B, n_mels, M) -> wav in pieces (B, 1, N), as if the mel had come whole."""
         ...
 
 

@@ -208,7 +208,7 @@ def learn(config: DictConfig, task: TokenPrediction, data: VideoData, folder: Pa
                 instantiate(settings.sampler),
                 settings.guidance,
                 tracked=settings.tracked,
-                others=[data.dataset("train")] if settings.tracked else [],
+                others=[data.dataset(split) for split in ("val", "train")] if settings.tracked else [],
                 histograms=settings.histograms,
             ),
         ]

@@ -194,7 +194,8 @@ def limit(wav: Tensor) -> Tensor:
     """
     if not torch.isfinite(wav).all():
         raise InputError("cannot write a sound with samples that are not finite numbers; check what made it")
-    return wav / max(1.0, wav.abs().max().item()) if wav.numel() else wav
+    peak = max(wav.max().item(), -wav.min().item()) if wav.numel() else 0.0  # no copy: it may last an hour
+    return wav / peak if peak > 1 else wav
 
 
 def write_wav(path: str | Path, wav: Tensor, sample_rate: int, subtype: str = "PCM_16") -> None:

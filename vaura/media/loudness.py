@@ -51,9 +51,9 @@ def normalise(wav: Tensor, strategy: str = "limit", sample_rate: int = 44100, he
         return wav
     decibels = HEADROOM[strategy] if headroom is None else headroom
     level = 10 ** (-decibels / 20)
-    peak = wav.abs().amax((-2, -1), keepdim=True)
+    peak = torch.maximum(wav.amax((-2, -1), keepdim=True), -wav.amin((-2, -1), keepdim=True))  # no copy: it may last an hour
     if strategy == "limit":
-        return wav / (peak / level).clamp(min=1)
+        return wav / (peak / level).clamp(min=1) if (peak > level).any() else wav
     if strategy == "clip":
         return wav.clamp(-level, level)
     if strategy == "peak":

@@ -74,7 +74,9 @@ def replace_sound(
     if length <= 0:
         raise InputError(f"cannot put an empty sound to {source}; give a sound or a duration")
     samples = timing.count(length, sample_rate)
-    wav = torch.nn.functional.pad(wav[:, :samples], (0, max(0, samples - wav.shape[1])))
+    wav = wav[:, :samples]
+    if wav.shape[1] < samples:
+        wav = torch.nn.functional.pad(wav, (0, samples - wav.shape[1]))
     begin = timing.exact(start)
     end = video.end_of(source, "video")
     if begin >= end:

@@ -93,22 +93,11 @@ class DAC(nn.Module):
                 raise InputError(f"tokenizer.{name} is '{value}'; choose from {', '.join(right)}")
         published = PUBLISHED[model]
         self.sample_rate = published.sample_rate
-        self.load(weights or fetch(RELEASES + published.file, published.sha256, cache_folder() / "dac"))
-        sizes = self.codec.sizes
-        if weights is None and sizes != published.sizes:
-            raise InputError(
-                f"what {RELEASES}{published.file} sent is not the {model} model; give its file as tokenizer.weights"
-            )
-        self.hop_length = sizes.hop_length
-        self.frame_rate = self.sample_rate / self.hop_length
-        self.codebook_size = sizes.codebook_size
-        self.num_codebooks = sizes.num_codebooks if num_codebooks is None else num_codebooks
-        if not 1 <= self.num_codebooks <= sizes.num_codebooks:
-            raise InputError(f"tokenizer.num_codebooks is {num_codebooks}; these weights have {sizes.num_codebooks}")
         self.precision = PRECISIONS[precision]
-        self.codec.encoder.to(self.precision)
-        self.codec.decoder.to(self.precision)
-        self.eval().requires_grad_(False)
+        self.wanted = num_codebooks
+        self.load(weights or fetch(RELEASES + published.file, published.sha256, cache_folder() / "dac"))
+        if weights is None and self.codec.sizes != published.sizes:
+            raise InputError(f"{RELEASES}{published.file} is not the {model} model that was published; set tokenizer.weights")
 
     def num_frames(self, duration: float) -> int:
         """Token frames that cover `duration` seconds."""
@@ -166,7 +155,16 @@ class DAC(nn.Module):
             codec = Codec(Sizes.of(state, where))
         codec.to_empty(device="cpu")
         load_exactly(codec, state, where)
-        self.codec = codec
+        found = codec.sizes.num_codebooks
+        if self.wanted is not None and not 1 <= self.wanted <= found:
+            raise InputError(f"tokenizer.num_codebooks is {self.wanted}; the weights in {path} have {found}")
+        codec.encoder.to(self.precision)
+        codec.decoder.to(self.precision)
+        self.codec = codec.eval().requires_grad_(False)
+        self.num_codebooks = self.wanted or found
+        self.codebook_size = codec.sizes.codebook_size
+        self.hop_length = codec.sizes.hop_length
+        self.frame_rate = self.sample_rate / self.hop_length
 
 
 def stated_rate(path: str | Path) -> int | None:

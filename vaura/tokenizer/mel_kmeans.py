@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from operator import length_hint
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -29,12 +28,6 @@ from vaura.protocols import Vocoder
 from vaura.timing import cover
 
 TINY = 1e-12  # lets sampling go on where every distance is zero, as in silence
-
-
-class StreamingVocoder(Vocoder, Protocol):
-    def stream(self, pieces: Iterable[Tensor]) -> Iterator[Tensor]:
-        """log-mel that comes in pieces (B, n_mels, M) -> wav in pieces (B, 1, N), as if the mel had come whole."""
-        ...
 
 
 class MelKMeans(nn.Module):
@@ -54,7 +47,7 @@ class MelKMeans(nn.Module):
 
     def __init__(
         self,
-        vocoder: StreamingVocoder,
+        vocoder: Vocoder,
         sample_rate: int = 16_000,
         n_mels: int = 64,
         n_fft: int = 512,
