@@ -39,12 +39,14 @@ def test_no_config_lists_those_there_are(refusal):
     assert not any("house" in line or "lm/" in line for line in listed)
 
 
-def test_a_value_with_an_equals_sign_reaches_hydra(configs, seen):
-    """As checkpoints are called."""
+@pytest.mark.parametrize("name", ["epoch=1-step=2-val_loss=2.7.ckpt", "my clip [1080p] (a=b).mp4", "it's {1}.mp4", 'a "b".mp4'])
+@pytest.mark.parametrize("key", ["checkpoint", "video", "prompt"])
+def test_a_path_reaches_the_verb_as_it_is(configs, seen, key, name):
     (configs / "generate.yaml").write_text("defaults: [{schema: generate}, house, _self_]\nsampler: null\n")
-    given = ["experiment_path=e", "video=v", "checkpoint=e/checkpoints/epoch=1-step=2-val_loss=2.7.ckpt"]
-    assert run(["config=generate", *given], configs) == 0
-    assert seen[0].cfg.checkpoint == "e/checkpoints/epoch=1-step=2-val_loss=2.7.ckpt"
+    assert run(["config=generate", "experiment_path=e", f"{key}={name}"], configs) == 0
+    assert seen[0].cfg[key] == name
+    assert run(["config=generate", "experiment_path=e", f"{key}='x=y'"], configs) == 0  # quotes of one's own stay
+    assert seen[1].cfg[key] == "x=y"
 
 
 def test_what_only_generation_spells_otherwise(configs, seen):

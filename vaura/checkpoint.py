@@ -8,12 +8,13 @@ records, so that nothing but their contents is read and nothing of theirs is run
 from __future__ import annotations
 
 import re
+import tarfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -36,8 +37,11 @@ FOREIGN = (
     "torch.optim.adam.Adam",
     "typing.Any",
     "pathlib.PosixPath",
+    "pathlib._local.PosixPath",  # its name in Python 3.13
 )
 
+ZIP = b"PK\x03\x04"  # how a file of torch.save begins, but for those from before torch 1.6
+MET = re.compile(r"GLOBAL (\S+)")  # how torch's unpickler names what it was asked to make and refused
 
 CHECKPOINTS, LAST = "checkpoints", "last"
 SCORED = re.compile(r"step=(?P<step>\d+)-val_loss=(?P<loss>\d+\.\d+)(-v(?P<version>\d+))?\.(ckpt|safetensors)")
@@ -48,7 +52,7 @@ def best_checkpoint(folder: Path) -> Path:
 
     Raises InputError where there is none.
     """
-    found = sorted(path for suffix in ("ckpt", "safetensors") for path in (folder / CHECKPOINTS).glob(f"*.{suffix}"))
+    found = sorted(path for suffix in ("ckpt", "safetensors") for path in (folder / CHECKPOINTS).glob(f"[!.]*.{suffix}"))
     scored = [(path, match) for path in found if (match := SCORED.search(path.name))]
     if scored:
         return min(scored, key=lambda pair: (float(pair[1]["loss"]), -int(pair[1]["step"]), -int(pair[1]["version"] or 0)))[0]
@@ -76,29 +80,52 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """
     path = Path(path)
     if not path.is_file():
-        raise InputError(f"checkpoint {path} does not exist")
+        near = nearest(path.name, [file.name for file in path.parent.iterdir()]) if path.parent.is_dir() else ""
+        lack = "is a folder; name a file" if path.is_dir() else f"does not exist; check the path.{near}"
+        raise InputError(f"checkpoint {path} {lack}")
+    safe = path.suffix == ".safetensors"
     try:
-        if path.suffix == ".safetensors":
-            return {"state_dict": load_file(path)}
-        with torch.serialization.safe_globals([*BUILTIN, _plain_dict, *(_record_of(name) for name in FOREIGN)]):
-            content = _load(path)
-    except SafetensorError as error:
-        raise InputError(f"checkpoint {path} cannot be read ({error}); it is cut off, or no safetensors file") from error
+        content = {"state_dict": load_file(path)} if safe else _load(path)
+    except InputError:
+        raise
+    except PermissionError as error:
+        raise InputError(f"checkpoint {path} cannot be read ({error.strerror}); ask its owner for leave to read it") from error
     except Exception as error:  # torch raises many kinds here: UnpicklingError, RuntimeError, EOFError, OSError, ...
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(f"checkpoint {path} cannot be read ({reason}); it is cut off, or not a checkpoint") from error
+        if met := MET.search(str(error)):
+            raise _runs(path, met[1]) from error
+        kind = "no safetensors file" if safe else "not a checkpoint"
+        raise InputError(f"checkpoint {path} cannot be read{_reason(error)}; it is cut off, or {kind}") from error
     if not isinstance(content, dict):
         raise InputError(f"{path} is no checkpoint of a training run: it holds no state_dict")
     return content
 
 
 def _load(path: Path) -> Any:
-    try:
-        return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except RuntimeError as error:
-        if "mmap" not in str(error):  # files from before torch 1.6 are no archives and cannot be mapped
-            raise
-        return torch.load(path, map_location="cpu", weights_only=True)
+    """What torch.save wrote, with `Record`s for the classes of strangers.
+
+    Before 2.6, torch starts TorchScript and unpacks tar files even where it is asked for weights only (CVE-2025-32434), so
+    neither comes that far.
+    """
+    with path.open("rb") as file:
+        zipped = file.read(len(ZIP)) == ZIP
+    if zipped and "constants.pkl" in torch._C.PyTorchFileReader(str(path)).get_all_records():
+        raise _runs(path, "a TorchScript program")
+    if not zipped and tarfile.is_tarfile(path):
+        raise _runs(path, "a tar archive")
+    with torch.serialization.safe_globals([*BUILTIN, _plain_dict, *(_record_of(name) for name in FOREIGN)]):
+        return torch.load(path, map_location="cpu", mmap=zipped, weights_only=True)
+
+
+def _reason(error: Exception) -> str:
+    """The first sentence of an error, in brackets, where that is worth reading; the unpickler only advises to run the file."""
+    first = re.split(r"\.\s|\n", re.sub(r"^\[.*?\][ .]*", "", str(error)))[0]  # of its place in torch's sources: nothing
+    return f" ({first})" if " " in first and not isinstance(error, UnpicklingError) else ""
+
+
+def _runs(path: Path, what: str) -> InputError:
+    return InputError(
+        f"checkpoint {path} holds {what} and is not read, because reading that would run code; give one of tensors and numbers"
+    )
 
 
 def _record_of(name: str) -> type[Record]:
@@ -112,7 +139,8 @@ def _plain_dict(*_: Any) -> dict:
     return {}
 
 
-_plain_dict.__module__, _plain_dict.__qualname__ = "collections", "defaultdict"
+# torch 2.5 asks for the name, later ones for the qualified name
+_plain_dict.__module__, _plain_dict.__name__, _plain_dict.__qualname__ = "collections", "defaultdict", "defaultdict"
 
 
 def plain(value: Any) -> Any:
@@ -125,7 +153,7 @@ def plain(value: Any) -> Any:
             return plain(inner.get("_content", inner.get("_val")))
         return str(Path(*value.parts)) if name == "PosixPath" else None
     if isinstance(value, Mapping):
-        return {plain(key): plain(item) for key, item in value.items()}
+        return {plain(key) if isinstance(key, Record) else key: plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [plain(item) for item in value]
     return value
@@ -157,7 +185,8 @@ def load_exactly(module: nn.Module, state: Mapping[str, Tensor], where: str) -> 
     wanted = module.state_dict()
     for key in [*wanted, *state]:
         if key not in state:
-            raise InputError(f"{where} lacks {key}{nearest(key, [k for k in state if k not in wanted])}")
+            near = nearest(key, [k for k in state if k not in wanted])
+            raise InputError(f"{where} lacks {key}; give the file of this very model.{near}")
         if key not in wanted:
             raise InputError(f"{where} holds {key}, which this model has not; give the file of this very model")
         if state[key].shape != wanted[key].shape:

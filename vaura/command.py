@@ -105,6 +105,10 @@ RETIRED = {
     "model.audio_encoder_config.params.model_sr": "tokenizer=dac_44khz, dac_24khz or dac_16khz chooses the codec",
 }
 
+# Keys, or last words of keys, whose values are paths, which may hold brackets and whatever else a person calls a file.
+PATHS = {"video", "prompt", "experiment_path", "checkpoint", "out", "resume", "weights", "data_dir", "manifest"}
+PATHS |= {"samples", "originals", "features_cache", "log_dir"}
+
 # Trees that take any key: they are merged over another config, which knows its own keys.
 FREE = ("overridden_hparams",)
 
@@ -256,15 +260,17 @@ def respell(argument: str, spellings: Mapping[str, str] = SPELLINGS) -> str:
     word = next((ours for name in asked if (ours := _spelling(name, spellings))), inner)
     if tree and mark != "~":
         mark = "++"
-    return mark + (f"{tree}.{word}" if tree else word) + _quoted(value)
+    return mark + (f"{tree}.{word}" if tree else word) + _quoted(word, value)
 
 
-def _quoted(value: str) -> str:
-    """A value that Hydra can read: checkpoints are called epoch=1-step=2.ckpt, and it takes "=" in quotes only."""
+def _quoted(key: str, value: str) -> str:
+    """A value that Hydra can read: it takes "=" in quotes only, as in epoch=1-step=2.ckpt, and in paths more than that."""
     plain = value[1:]
-    if "=" not in plain or re.search(r"[\[\](){}'\"]", plain):
+    special = r"[=\[\](){}'\"]" if key.rpartition(".")[2] in PATHS else r"^[^\[\](){}'\"]*=[^\[\](){}'\"]*$"
+    if plain.startswith(('"', "'")) or "${" in plain or not re.search(special, plain):
         return value
-    return f'="{plain}"'
+    escaped = plain.replace('"', r"\"")
+    return f'="{escaped}"'
 
 
 def _spelling(key: str, spellings: Mapping[str, str]) -> str | None:

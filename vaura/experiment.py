@@ -58,7 +58,7 @@ def build(config: DictConfig, folder: Path | None = None) -> TokenPrediction:
     if folder is not None:
         config = config.copy()
         for part, name in (("tokenizer", TOKENIZER), ("encoder", ENCODER)):
-            if (folder / name).is_file():
+            if config[part].get("weights") is None and (folder / name).is_file():
                 config[part].weights = str(folder / name)
     return instantiate(config.task)
 
