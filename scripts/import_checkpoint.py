@@ -4,7 +4,8 @@
 
 EXPERIMENT is V-AURA's folder (`checkpoints/*.ckpt` and a subfolder with `hparams.yaml`), or the name of a published one, which
 is fetched. FOLDER becomes a new experiment: config.yaml, checkpoints/*.safetensors with what was trained, encoder.safetensors
-and tokenizer.safetensors with what was frozen, and import.json, which names every key that was used, dropped or missed.
+and tokenizer.safetensors with what was frozen, and import.json, which names every key that was used or dropped. A checkpoint
+that misses a key of its model is refused, and every such key is named.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from vaura import experiment
 from vaura.checkpoint import CHECKPOINTS
@@ -51,26 +52,26 @@ def import_experiment(
     source = find_experiment(source)
     if not is_published(source):
         raise InputError(f"{source} is no experiment of V-AURA's own: it has no {CHECKPOINTS}/*.ckpt, or has a config.yaml")
-    if folder.exists() and any(folder.iterdir()):
+    if folder.is_file() or (folder.exists() and any(folder.iterdir())):
         raise InputError(f"{folder} is not empty; name a new folder")
     reading = read_published(source, checkpoint, encoder_weights)
     task = experiment.build(reading.config)
-    ours = task.state_dict()
-    missed = sorted(ours.keys() - reading.state.keys())
+    if missed := sorted(task.state_dict().keys() - reading.state.keys()):
+        raise InputError(f"{reading.checkpoint} lacks {len(missed)} keys of its model: {', '.join(missed)}")
     experiment.check_model({"state_dict": reading.state}, task, reading.checkpoint)
 
     make_folder(folder / CHECKPOINTS)
     with write_aside(folder / CHECKPOINTS / f"{reading.checkpoint.stem}.safetensors") as aside:
-        save_file({key: value.clone().contiguous() for key, value in reading.state.items()}, aside)
+        aside.write_bytes(save({key: value.clone().contiguous() for key, value in reading.state.items()}))
     for part, name in ((task.tokenizer, experiment.TOKENIZER), (task.encoder, experiment.ENCODER)):
         part.save(folder / name)
     config = reading.config.copy()
     config.tokenizer.weights = config.encoder.weights = None  # those of the experiment itself
     save_config(config, folder / experiment.CONFIG)
-    account = {"source": str(reading.checkpoint), "used": reading.used, "dropped": reading.dropped, "missed": missed}
+    account = {"source": str(reading.checkpoint), "used": reading.used, "dropped": reading.dropped}
     with write_aside(folder / "import.json") as aside:
         aside.write_text(json.dumps(account, indent=2) + "\n")
-    lines = [f"{len(reading.used)} keys used, {len(reading.dropped)} dropped, {len(missed)} missed: {folder / 'import.json'}"]
+    lines = [f"{len(reading.used)} keys used, {len(reading.dropped)} dropped, none missed: {folder / 'import.json'}"]
     lines += [f"  dropped {key}: {why}" for key, why in reading.dropped.items()]
     return "\n".join([*lines, f"experiment: {folder}"])
 

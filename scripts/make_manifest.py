@@ -20,7 +20,7 @@ from typing import Any, get_type_hints
 from vaura.data import corpus
 from vaura.data.manifest import PREDICT, SPLITS, verify, write_manifest
 from vaura.errors import InputError
-from vaura.files import write_aside
+from vaura.files import write_lines
 
 CORPORA: dict[str, Callable[..., corpus.Found]] = {
     "vggsound": corpus.vggsound,
@@ -38,7 +38,8 @@ OURS = ("splits", "duration")  # options of every corpus, which stand in `add_co
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line; returns its exit status: 0 done, 2 refused in one sentence on stderr, 130 interrupted."""
-    options = vars(parser().parse_args([_dashed(word) for word in (sys.argv[1:] if argv is None else argv)]))
+    given = sys.argv[1:] if argv is None else argv
+    options = vars(parser().parse_args([option for word in given for option in _dashed(word)]))
     try:
         make(**options)
     except InputError as error:
@@ -61,11 +62,7 @@ def make(
     target, reasons = Path(output), Path(output).with_suffix(".left_out.txt")
     if clips:
         write_manifest(target, clips)
-    if left_out or unwanted:
-        with write_aside(reasons) as aside:
-            aside.write_text("".join(f"{sentence}\n" for sentence in [*unwanted, *left_out]))
-    else:
-        reasons.unlink(missing_ok=True)
+    write_lines(reasons, [*unwanted, *left_out])
     for sentence in unwanted:
         print(f"not wanted: {sentence}")
     told = f"left out: {len(left_out)}, see {reasons}" if left_out else "nothing was left out"
@@ -124,17 +121,30 @@ def add_common(command: argparse.ArgumentParser) -> None:
         metavar="N",
         help="open every video, N at a time, to leave out what cannot be read (default: 0, look only whether they are there)",
     )
-    command.add_argument("--keep-silent", action="store_true", help="keep opened videos that have no sound")
+    command.add_argument(
+        "--keep-silent", action=argparse.BooleanOptionalAction, default=False, help="keep opened videos that have no sound"
+    )
 
 
 def _option(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def _dashed(word: str) -> str:
-    """`key=value` as `--key=value`: the spelling of the other commands works too."""
+def _dashed(word: str) -> list[str]:
+    """`key=value` as the options say it: the spelling of the other commands works too."""
     key, mark, value = word.partition("=")
-    return f"{_option(key)}={value}" if mark and key.isidentifier() else word
+    if not mark or not key.isidentifier():
+        return [word]
+    if key == "splits":
+        return [_option(key), *(split.strip() for split in value.strip("[]").split(","))]
+    if key in _switches() and value.lower() in ("true", "false"):
+        return [_option(key if value.lower() == "true" else f"no_{key}")]
+    return [f"{_option(key)}={value}"]
+
+
+def _switches() -> set[str]:
+    own = {name for reader in CORPORA.values() for name, kind in get_type_hints(reader).items() if kind is bool}
+    return own | {"keep_silent"}
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ in NEW_FOLDER/without_sound.txt.
 from __future__ import annotations
 
 import argparse
-import glob
 import inspect
 import json
 import multiprocessing
@@ -26,7 +25,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, fields
 from multiprocessing.synchronize import Event
 from pathlib import Path
@@ -35,9 +34,9 @@ from typing import NamedTuple
 import torch
 from av.error import FFmpegError
 
-from vaura.data.manifest import find_videos
+from vaura.data.manifest import find_videos, names_of
 from vaura.errors import InputError
-from vaura.files import make_folder, write_aside
+from vaura.files import make_folder, unfinished, write_aside, write_lines
 from vaura.media.reencode import Settings, Stopped, reencode
 from vaura.progress import bar
 
@@ -83,10 +82,10 @@ def attempt(job: Job, settings: Settings, stop: Callable[[], bool] = never) -> O
 
 def clear_abandoned(target: Path) -> None:
     """Remove what a run that was killed had begun of `target`."""
-    for path in target.parent.glob(f".{glob.escape(target.stem)}.*{target.suffix}"):
-        number = path.name[len(target.stem) + 2 : -len(target.suffix)]
-        if number.isdecimal() and path.stat().st_mtime < time.time() - ABANDONED:
-            path.unlink(missing_ok=True)
+    for path in unfinished(target):
+        with suppress(FileNotFoundError):  # it became its target meanwhile
+            if path.stat().st_mtime < time.time() - ABANDONED:
+                path.unlink()
 
 
 # --- many videos ---
@@ -164,25 +163,31 @@ def _interrupts_wait() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def plan(folder: Path, new_folder: Path) -> tuple[list[Job], list[tuple[Job, Outcome]]]:
-    """Every video below `folder` and where it goes; also those that cannot go anywhere, for another has their place."""
-    jobs: dict[Path, Job] = {}
-    refused = []
-    for source in find_videos(folder):
-        job = Job(source, (new_folder / source.relative_to(folder)).with_suffix(".mp4"))
-        if job.target in jobs:
-            other = jobs[job.target].source
-            refused.append((job, Outcome(f"{source} would take the place of {other}, for both become {job.target.name}")))
-        else:
-            jobs[job.target] = job
-    return list(jobs.values()), refused
+def plan(folder: Path, new_folder: Path) -> tuple[list[Job], list[str]]:
+    """Every video below `folder` and where it goes, and sentences about what one has to know.
+
+    Videos that differ in their suffix alone keep it, a.mkv as a.mkv.mp4: then it does not matter which of them came first.
+    """
+    sources = find_videos(folder)
+    relative = [source.relative_to(folder) for source in sources]
+    names = names_of(relative)
+    jobs = [Job(source, new_folder / f"{name}.mp4") for source, name in zip(sources, names, strict=True)]
+    targets, told = {job.target for job in jobs}, []
+    for old in sorted({path.with_suffix("") for path, name in zip(relative, names, strict=True) if name == path}):
+        told.append(f"videos that differ in their suffix alone keep it in their new names: {old}.*")
+        if (left := new_folder / f"{old}.mp4") not in targets and left.exists():
+            told.append(f"{left} was made when only one of them was there, nobody knows which; it is made anew, so remove it")
+    return jobs, told
 
 
 def reencode_folder(folder: Path, new_folder: Path, settings: Settings, workers: int) -> int:
     """Re-encode whatever is not finished yet; returns how many videos failed."""
     check(folder, new_folder, workers)
-    jobs, outcomes = plan(folder, new_folder)
+    jobs, told = plan(folder, new_folder)
     begin(new_folder, settings)
+    for sentence in told:
+        print(sentence, file=sys.stderr)
+    outcomes: list[tuple[Job, Outcome]] = []
     waiting = [job for job in jobs if not job.target.exists()]
     finished = len(jobs) - len(waiting)
     if finished:
@@ -229,16 +234,7 @@ def begin(new_folder: Path, settings: Settings) -> None:
 
 
 def read_lines(path: Path) -> list[str]:
-    return path.read_text().splitlines() if path.is_file() else []
-
-
-def write_lines(path: Path, lines: Sequence[str]) -> None:
-    """Write a list; an empty one is no file."""
-    if not lines:
-        path.unlink(missing_ok=True)
-        return
-    with write_aside(path) as aside:
-        aside.write_text("".join(f"{' '.join(line.split())}\n" for line in lines))
+    return path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
 
 
 # --- the command line ---

@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from vaura.errors import InputError
 from vaura.generate import VideoToAudio, open_clip
+from vaura.media.audio import write_wav
 from vaura.media.mux import write_video
 from vaura.timing import align_repeated, published_windows, windows
 
@@ -90,3 +92,29 @@ def test_the_rolling_loop_computes_every_step_once(model, minute, monkeypatch):
     steps.clear()
     model.generate(minute, 10.0, loop="windows", stride=0.64)
     assert sum(steps) > 2500
+
+
+@pytest.mark.parametrize(
+    ("how", "told"),
+    [
+        ({"loop": "published", "stride": 0.01}, "takes a stride from 1/86 s to 2.56 s"),
+        ({"loop": "published", "stride": 3.0, "window": 5.0}, "takes a stride from 1/86 s to 2.56 s"),
+        ({"loop": "windows", "stride": 1e-7}, "must lie above 0 s"),
+        ({"loop": "rolling", "guidance_end": 2.0}, "no windows over which guidance could change"),
+    ],
+)
+def test_ways_on_that_lead_nowhere_are_refused(model, minute, how, told):
+    with pytest.raises(InputError, match=told):
+        model.generate(minute, 5.12, **how)
+
+
+@pytest.mark.parametrize("loop", ["windows", "rolling", "published"])
+def test_a_prompt_nearly_as_long_as_the_sound(model, minute, tmp_path, loop):
+    write_wav(tmp_path / "long.wav", torch.zeros(1, round(5.1 * 44100)), 44100)
+    assert model.generate(minute, 5.12, loop=loop, prompt=tmp_path / "long.wav").wav.shape[1] >= 441 * 512 - 1
+
+
+def test_too_few_features_for_the_frames_are_told(original, minute):
+    model = VideoToAudio(original.folder, device="cpu", overrides={"conditioner": {"repeat": 5}})
+    with pytest.raises(InputError, match=r"need 12 features at 12\.5 Hz; there are 8"):
+        model.generate(minute, 0.64)

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from vaura.errors import InputError
-from vaura.files import make_folder, write_aside
+from vaura.files import make_folder, unfinished, write_aside, write_lines
 
 
 def break_off(aside: Path, failure: BaseException) -> None:
@@ -54,3 +54,21 @@ def test_a_folder_without_permission_is_told_by_name(tmp_path, monkeypatch):
     monkeypatch.setattr("os.access", lambda *_: False)  # root may write everywhere
     with pytest.raises(InputError, match=f"{tmp_path}.*permission"):
         make_folder(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["a[1].b.mp4", "plain", "ünï.safetensors"])
+def test_what_is_being_written_is_found(tmp_path, name):
+    (tmp_path / f".{name}").touch()
+    (tmp_path / f".other.1-0123abcd{Path(name).suffix}").touch()
+    with write_aside(tmp_path / name) as aside:
+        aside.touch()
+        assert unfinished(tmp_path / name) == [aside]
+    assert unfinished(tmp_path / name) == []
+
+
+def test_a_list_has_a_line_for_each_sentence_and_an_empty_one_is_no_file(tmp_path):
+    path = tmp_path / "list.txt"
+    write_lines(path, ["ä  b\nc", "caf\udce9"])
+    assert path.read_bytes() == "ä b c\ncaf\\udce9\n".encode()
+    write_lines(path, [])
+    assert not path.exists()

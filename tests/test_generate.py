@@ -630,3 +630,13 @@ def test_features_are_kept_and_found_again(tiny, tmp_path, monkeypatch):
 def test_neither_or_both_of_video_and_corpus_is_refused(tiny, tmp_path, capsys):
     assert run(["config=generate", f"experiment_path={tiny.folder}", "device=cpu"]) == 2
     assert "give video=FILE_OR_FOLDER, or a corpus by data, one of the two" in capsys.readouterr().err
+
+
+def test_much_that_failed_is_told_in_short_and_written_down(tmp_path):
+    path = tmp_path / "left_out.txt"
+    assert vaura.generate.tell(["a is broken", "b is broken"], path) == "a is broken; b is broken"
+    assert not path.exists()
+    sentences = [f"video {number} is broken" for number in range(30)]
+    told = vaura.generate.tell(sentences, path)
+    assert told.endswith(f"video 9 is broken; and 20 more, all of them in {path}")
+    assert path.read_text().splitlines() == sentences

@@ -1,6 +1,7 @@
 """Experiments of V-AURA's own: read safely, loaded, generated with, and turned into ones of the house."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -89,7 +90,6 @@ def test_the_importer_makes_an_experiment_that_sounds_the_same(original, world_v
     account = json.loads((tmp_path / "clean/import.json").read_text())
     content = read_checkpoint(original.checkpoint)
     assert set(account["used"]) == set(content["state_dict"])
-    assert account["missed"] == []
     assert "optimizer_states" in account["dropped"]
     assert f"{len(account['used'])} keys used" in done.stdout
     files = {path.relative_to(tmp_path / "clean").as_posix() for path in (tmp_path / "clean").rglob("*") if path.is_file()}
@@ -101,6 +101,59 @@ def test_the_importer_makes_an_experiment_that_sounds_the_same(original, world_v
     again = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
     assert again.returncode == 2
     assert again.stderr == f"error: {tmp_path / 'clean'} is not empty; name a new folder\n"
+
+
+def test_the_importer_names_every_key_that_is_missed(original, tmp_path, capsys):
+    lost = ("sampler.norm.weight", "sampler.lm_heads.1.weight")
+    (tmp_path / "checkpoints").mkdir()
+    content = read_checkpoint(original.checkpoint)
+    content["state_dict"] = {key: value for key, value in content["state_dict"].items() if key not in lost}
+    content["hyper_parameters"] = plain(content["hyper_parameters"])
+    torch.save(content, tmp_path / "checkpoints/last.ckpt")
+    command = [sys.executable, "scripts/import_checkpoint.py", str(tmp_path), str(tmp_path / "clean")]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "lacks 2 keys of its model: lm.heads.1.weight, lm.norm.weight" in done.stderr
+    assert not (tmp_path / "clean").exists()
+
+
+@pytest.mark.parametrize(
+    ("where", "told"),
+    [
+        ("checkpoints", "is no experiment but lies in one; give the folder above"),
+        ("checkpoints/last.ckpt", "is no experiment but lies in one"),
+        ("nothing", "is no experiment: it has no config.yaml"),
+    ],
+)
+def test_a_place_that_is_no_experiment_is_told(original, where, told):
+    with pytest.raises(InputError, match=told):
+        experiment.load(original.folder / where)
+
+
+def test_other_peoples_files_in_the_folder_do_no_harm(original, tmp_path):
+    """A config.yaml as V-AURA's own command writes it; hparams with Python's types; null for weights that are inside."""
+    shutil.copytree(original.folder, tmp_path / "e")
+    (tmp_path / "e/config.yaml").write_text("action: train\n")
+    hparams = tmp_path / "e/vgg-9cb/hparams.yaml"
+    hparams.write_text(hparams.read_text() + "more: !!python/tuple [1, 2]\n")
+    folder = f"{tmp_path}/e/checkpoints/"
+    task, config = experiment.load(tmp_path / "e", folder, overrides={"encoder": {"weights": None}})
+    assert config.encoder.weights == str(tmp_path / "e/checkpoints" / original.checkpoint.name)
+    assert task.lm.dim == 24
+
+
+@pytest.mark.parametrize("lost", ["pattern_provider_config", "sampler_config", "audio_encoder_config"])
+def test_settings_that_are_missing_are_named(original, lost):
+    content = read_checkpoint(original.checkpoint)
+    settings = plain(content["hyper_parameters"]) | {lost: None}
+    with pytest.raises(InputError, match=rf"lack {lost}"):
+        published.translate_settings(settings, content["state_dict"], original.checkpoint)
+
+
+def test_a_training_of_v_auras_cannot_go_on_here(original):
+    task, _ = experiment.load(original.folder)
+    with pytest.raises(InputError, match="is of V-AURA's own training, which cannot go on here"):
+        experiment.check_resumable(original.checkpoint, task)
 
 
 def test_a_checkpoint_that_lacks_a_key_is_refused_by_its_name(original, tmp_path):

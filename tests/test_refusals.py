@@ -29,14 +29,15 @@ import pytest
             ["action=trian"],
             "unknown action 'trian'; there are train, test, generate, evaluate, quickstart. Did you mean 'train'?",
         ),
+        (["action=generate"], "{configs}/train.yaml says how to train or test, not how to generate; remove action="),
         (
             ["tokenizer=encodek_24khz"],
             "there is no tokenizer 'encodek_24khz'; there are encodec_24khz. Did you mean 'encodec_24khz'?",
         ),
     ],
 )
-def test_a_wrong_word_is_refused_in_one_sentence(refusal, seen, argv, sentence):
-    assert refusal("config=train", *argv) == sentence
+def test_a_wrong_word_is_refused_in_one_sentence(refusal, configs, seen, argv, sentence):
+    assert refusal("config=train", *argv) == sentence.replace("{configs}", str(configs))
     assert not seen
     assert not list(Path().glob("logs/**/config.yaml"))
 
@@ -65,3 +66,11 @@ def test_a_wrong_word_is_refused_in_one_sentence(refusal, seen, argv, sentence):
 def test_a_wrong_config_is_refused_in_one_sentence(refusal, configs, seen, name, sentence):
     assert refusal(f"config={name}") == sentence.format(configs=configs)
     assert not seen
+
+
+@pytest.mark.parametrize(
+    ("content", "told"), [(b"\xff\xfe\x00", "is not text, let alone YAML"), (b"defaults: 5", "defaults must be a list")]
+)
+def test_what_is_no_config_is_told(refusal, tmp_path, content, told):
+    (tmp_path / "some.yaml").write_bytes(content)
+    assert told in refusal(f"config={tmp_path}/some.yaml")

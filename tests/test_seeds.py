@@ -19,3 +19,7 @@ def test_shares_are_spread_evenly():
     shares = np.sort([share_of(f"clip {n}") for n in range(4000)])
     assert 0 <= shares[0] <= shares[-1] < 1
     assert np.abs(shares - np.arange(4000) / 4000).max() < 1.63 / 4000**0.5  # Kolmogorov-Smirnov at 1 %
+
+
+def test_a_name_that_is_not_utf8_has_a_seed_too():
+    assert seed_of("br\udce9k") != seed_of("brek")

@@ -493,3 +493,9 @@ def test_both_trainers_run_on_the_same_machines():
     )
     for key in ("num_nodes", "devices", "strategy", "accelerator"):
         assert config.contrast.trainer[key] == config.trainer[key]
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "16-true", "64-true"])
+def test_a_precision_that_would_turn_the_frozen_parts_is_refused(fixed, tmp_path, capsys, precision):
+    said = refused(capsys, *fixed, f"trainer.precision={precision}", f"hydra.run.dir={tmp_path / 'run'}")
+    assert f"trainer.precision={precision} would turn the frozen codec and encoder too" in said

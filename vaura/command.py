@@ -165,7 +165,7 @@ def _check_stranger(path: Path) -> None:
     """
     told = _content(path).get("hydra") or {}
     keys = [f"hydra.{key}" for key in told if key not in HYDRA] if isinstance(told, dict) else ["hydra"]
-    keys += [group for group, _ in _defaults(path) if re.search(r"(^|[\s/@])hydra(/|$)", group)]
+    keys += [group for group, _ in defaults_of(path) if re.search(r"(^|[\s/@])hydra(/|$)", group)]
     if keys:
         raise InputError(
             f"{path} tells Hydra {keys[0]}, which can run anything; from outside of configs/ it may say {', '.join(HYDRA)}: "
@@ -175,7 +175,7 @@ def _check_stranger(path: Path) -> None:
 
 def _generates(path: Path, configs: Path) -> bool:
     """Whether a config, or one that it is based on, is of the verb generate."""
-    for group, option in _defaults(path):
+    for group, option in defaults_of(path):
         if group == "schema":
             return option == "generate"
         base = configs / f"{group.lstrip('/')}.yaml"
@@ -184,19 +184,22 @@ def _generates(path: Path, configs: Path) -> bool:
     return False
 
 
-def _defaults(path: Path) -> list[tuple[str, str]]:
-    """The defaults list of a config as (group, option), or (config, "")."""
-    entries = _content(path).get("defaults") or []
+def defaults_of(path: Path) -> list[tuple[str, str]]:
+    """The defaults list of a config as (group, option), or (config, ""); empty where there is no such file."""
+    listed = _content(path).get("defaults") if path.is_file() else None
+    entries = listed if isinstance(listed, list) else []
     pairs = [next(iter(entry.items())) if isinstance(entry, dict) and entry else (entry, "") for entry in entries]
     return [(str(group), str(option)) for group, option in pairs]
 
 
 def _content(path: Path) -> dict:
-    """What a config says; nothing where it is no YAML, which Hydra then tells."""
+    """What a config says; nothing where its YAML is wrong, which Hydra then tells. Raises InputError where it is no text."""
     try:
         content = yaml.safe_load(path.read_text())
     except yaml.YAMLError:
         return {}
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is no config: it is not text, let alone YAML") from error
     return content if isinstance(content, dict) else {}
 
 

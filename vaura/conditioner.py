@@ -71,7 +71,7 @@ class ChannelConditioner(nn.Module):
             index = align_repeated(frames, self.frame_rate, self.feature_rate, start, self.repeat)
         first, last = int(index[0]), int(index[-1])
         if last + 1 - features.shape[1] > HOLD * self.feature_rate:
-            raise ValueError(
+            raise InputError(
                 f"token frames {start} to {start + frames} need {last + 1} features at {self.feature_rate} Hz; "
                 f"there are {features.shape[1]}"
             )

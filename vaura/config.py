@@ -118,6 +118,12 @@ SCHEMAS: dict[str, type] = {
     "generate": GenerateRun,
     "evaluate": EvaluateRun,
 }
+ACTIONS: dict[type, tuple[str, ...]] = {
+    TrainRun: ("train", "test"),
+    QuickstartRun: ("quickstart",),
+    GenerateRun: ("generate",),
+    EvaluateRun: ("evaluate",),
+}
 for _name, _schema in SCHEMAS.items():
     ConfigStore.instance().store(group="schema", name=_name, node=_schema, package="_global_", provider="vaura")
 
@@ -201,6 +207,8 @@ def check_run(cfg: DictConfig, command: Command) -> None:
             raise InputError(unknown_key(str(key), known))
     if cfg.action not in VERBS:
         raise InputError(f"unknown action '{cfg.action}'; there are {', '.join(VERBS)}." + nearest(cfg.action, VERBS))
+    if cfg.action not in ACTIONS[schema]:
+        raise InputError(f"{command.path} says how to {' or '.join(ACTIONS[schema])}, not how to {cfg.action}; remove action=")
     missing, every = [], known_keys(cfg)
     for key in every:
         try:

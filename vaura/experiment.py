@@ -9,6 +9,7 @@ tensorboard/ samples/
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from vaura.checkpoint import best_checkpoint, read_checkpoint
+from vaura.checkpoint import CHECKPOINTS, best_checkpoint, read_checkpoint
 from vaura.components import check_components, instantiate
 from vaura.config import load_config, merge, save_config
 from vaura.errors import InputError, nearest
@@ -77,26 +78,52 @@ def load(
     """
     folder = find_experiment(folder)
     path = folder / CONFIG
+    if checkpoint is not None and Path(checkpoint).is_dir():  # V-AURA's configs name the folder of checkpoints
+        checkpoint = None if Path(checkpoint).resolve() == (folder / CHECKPOINTS).resolve() else checkpoint
     if is_published(folder):
         reading = read_published(folder, Path(checkpoint) if checkpoint else None)
         config, state, checkpoint = reading.config, reading.state, reading.checkpoint
+        overrides = _without_nulls(overrides)  # as V-AURA's configs give for weights that the checkpoint holds
     else:
-        if not path.is_file():
-            near = nearest(folder.name, [p.name for p in folder.parent.iterdir()]) if folder.parent.is_dir() else ""
-            raise InputError(
-                f"{folder} is no experiment: it has no {CONFIG}; give the folder that a training run printed.{near}"
-            )
+        check_experiment(folder)
         config = load_config(path)
         checkpoint = best_checkpoint(folder) if checkpoint is None else Path(checkpoint)
         state = None
     if overrides:
-        config = merge(config, overrides, f"overridden_hparams of {path}")
+        config = merge(config, overrides, f"overridden_hparams of {folder}")
     check_components(config, complete=False)
     task = build(config, folder)
     content = read_weights(checkpoint) if state is None else {"state_dict": state}
     check_model(content, task, checkpoint)
     task.load_state_dict(content["state_dict"])
     return task.to(device).eval(), config
+
+
+def check_experiment(folder: Path) -> None:
+    """Raise InputError where `folder` is none that a training run of the house made, saying what it seems to be."""
+    if (folder / CONFIG).is_file():
+        if "task" in load_config(folder / CONFIG):
+            return
+        raise InputError(f"{folder / CONFIG} is no config of an experiment: it has no task; give the folder of a training run")
+    above = folder.parent
+    if (above / CONFIG).is_file() or folder.name == CHECKPOINTS or folder.is_file():
+        raise InputError(
+            f"{folder} is no experiment but lies in one; give the folder above, and checkpoint=FILE for one of its own"
+        )
+    if (folder / CHECKPOINTS).is_dir():
+        raise InputError(f"{folder} is no experiment: it has no {CONFIG}, and {CHECKPOINTS}/ holds no checkpoint")
+    others = [path.name for path in above.iterdir() if path != folder] if above.is_dir() else []
+    raise InputError(
+        f"{folder} is no experiment: it has no {CONFIG}; give the folder that a training run printed."
+        + nearest(folder.name, others)
+    )
+
+
+def _without_nulls(changes: Any) -> Any:
+    """A tree of changes without those to nothing."""
+    if not isinstance(changes, Mapping):
+        return changes
+    return {key: _without_nulls(value) for key, value in changes.items() if value is not None}
 
 
 def read_weights(path: Path) -> dict[str, Any]:
@@ -111,6 +138,8 @@ def read_weights(path: Path) -> dict[str, Any]:
 def check_resumable(path: Path, module: nn.Module) -> None:
     """Raise InputError where training of `module` cannot go on from the checkpoint at `path`."""
     state = read_checkpoint(path)
+    if any(str(key).startswith("sampler.") for key in state.get("state_dict") or ()):
+        raise InputError(f"{path} is of V-AURA's own training, which cannot go on here; it can be tested and generated with")
     check_model(state, module, path)
     if not {"loops", "optimizer_states", "lr_schedulers"} <= set(state):
         raise InputError(f"checkpoint {path} holds a model but no state of its training; give one that a training run wrote")

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import glob
 import os
+import re
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from vaura.errors import InputError
+
+MARK = re.compile(r"[0-9]+-[0-9a-f]{8}")
+"""What stands between stem and suffix of a file that is being written: the process and a number drawn for it."""
 
 
 @contextmanager
@@ -29,6 +34,25 @@ def write_aside(path: str | Path) -> Iterator[Path]:
         ) from error
     finally:
         aside.unlink(missing_ok=True)
+
+
+def unfinished(path: str | Path) -> list[Path]:
+    """What `write_aside` left beside `path`, or is writing right now, that has not become `path`."""
+    path = Path(path)
+    begin, end = f".{path.stem}.", path.suffix
+    beside = path.parent.glob(f"{glob.escape(begin)}*{glob.escape(end)}")
+    return [aside for aside in beside if MARK.fullmatch(aside.name[len(begin) : len(aside.name) - len(end)])]
+
+
+def write_lines(path: str | Path, lines: Sequence[str]) -> None:
+    """Write a list for people, one sentence a line; an empty one is no file. Bytes of a name that are no text are escaped."""
+    path = Path(path)
+    if not lines:
+        path.unlink(missing_ok=True)
+        return
+    with write_aside(path) as aside:
+        text = "".join(f"{' '.join(line.split())}\n" for line in lines)
+        aside.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def make_folder(folder: str | Path) -> Path:

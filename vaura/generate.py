@@ -23,7 +23,7 @@ from vaura.config import save_config
 from vaura.data.manifest import Clip, find_videos, read_manifest
 from vaura.encoder.cache import FeatureCache
 from vaura.errors import InputError, nearest
-from vaura.files import make_folder, write_aside
+from vaura.files import make_folder, write_lines
 from vaura.lm.generation import Progress
 from vaura.lm.sampling import Guidance, Sampler
 from vaura.media.audio import read_audio, write_wav
@@ -73,13 +73,14 @@ class How:
     normalize: str = "limit"
 
     def __post_init__(self) -> None:
-        _ = self.course
+        if self.course.end is not None and self.loop == "rolling":
+            raise InputError("loop=rolling has no windows over which guidance could change; set guidance_end=null")
         for key, value, known in (("loop", self.loop, LOOPS), ("normalize", self.normalize, HEADROOM)):
             if value not in known:
                 raise InputError(f"{key}={value} is none of {', '.join(known)}.{nearest(value, known)}")
         if not (math.isfinite(self.window) and self.window > 0):
             raise InputError(f"window={self.window:g} is no length; give seconds above 0")
-        if not 0 < self.step <= self.window:
+        if not 0 < exact(self.step) <= exact(self.window):
             raise InputError(f"stride={self.step:g} must lie above 0 s and within the window of {self.window:g} s")
 
     @property
@@ -308,7 +309,8 @@ def generate(config: DictConfig) -> Path:
                     begin.cut(sound).save(out, name(sound.clip, number))
                     written += 1
                     if config.save_original_files and number == 0:
-                        original(model, sound.clip, config.compress_original_audio).save(out, f"{sound.clip.id}_original")
+                        kept = original(model, sound.clip, config.compress_original_audio)
+                        begin.cut(kept).save(out, f"{sound.clip.id}_original")
     print(f"samples: {written} in {out}")
     if failed:
         done = f"{written} samples are in {out}, but not all: " if written else ""
@@ -320,8 +322,7 @@ def tell(failed: Sequence[str], path: Path) -> str:
     """What failed, in one sentence; where that is much, the rest is written to `path`."""
     if len(failed) <= TOLD:
         return "; ".join(failed)
-    with write_aside(path) as aside:
-        aside.write_text("".join(f"{sentence}\n" for sentence in failed))
+    write_lines(path, failed)
     return "; ".join(failed[:TOLD]) + f"; and {len(failed) - TOLD} more, all of them in {path}"
 
 

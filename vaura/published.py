@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from vaura.checkpoint import CHECKPOINTS, best_checkpoint, plain, read_checkpoint
-from vaura.command import CONFIGS
+from vaura.command import CONFIGS, defaults_of
 from vaura.config import compose
 from vaura.errors import InputError
 from vaura.weights import fetch_archive
@@ -65,8 +65,10 @@ class Reading:
 
 
 def is_published(folder: Path) -> bool:
-    """Whether `folder` is an experiment of V-AURA's own: checkpoints, and no config of the house."""
-    return not (folder / "config.yaml").is_file() and any((folder / CHECKPOINTS).glob("*.ckpt"))
+    """Whether `folder` is an experiment of V-AURA's own: checkpoints, and no config of the house, which names its schema."""
+    if not any((folder / CHECKPOINTS).glob("*.ckpt")):
+        return False
+    return not any(group == "schema" for group, _ in defaults_of(folder / "config.yaml"))
 
 
 def find_experiment(path: str | Path) -> Path:
@@ -103,6 +105,8 @@ def read_settings(folder: Path, content: Mapping[str, Any], checkpoint: Path) ->
         for path in sorted(folder.glob(f"*/{name}")):
             try:
                 found = yaml.safe_load(path.read_text())
+            except yaml.constructor.ConstructorError:  # Lightning writes Python's own types, which the checkpoint holds too
+                continue
             except yaml.YAMLError as error:
                 raise InputError(f"{path} is no YAML ({' '.join(str(error).split())}); restore it from the archive") from error
             if isinstance(found, dict) and "sampler_config" in found:
@@ -138,12 +142,12 @@ def translate_settings(
 ) -> DictConfig:
     """The house's config of a published model: its recipe, with what `settings` and the tensors' shapes say."""
     config = compose(RECIPE)
-    sampler, codec = settings["sampler_config"]["params"], settings["audio_encoder_config"]
+    sampler, codec = _wanted(settings, "sampler_config.params"), _wanted(settings, "audio_encoder_config")
     table = "sampler.tok_embeddings.0.emb.weight"
     lm = {
-        "num_layers": sampler["num_layers"],
-        "dim": sampler["d_model"],
-        "num_heads": sampler["nhead"],
+        "num_layers": _wanted(settings, "sampler_config.params.num_layers"),
+        "dim": _wanted(settings, "sampler_config.params.d_model"),
+        "num_heads": _wanted(settings, "sampler_config.params.nhead"),
         "channels": sampler["d_model"] // sampler.get("cond_feature_channel_scaler", 2),
         "code_dim": tensors[table].shape[1] if table in tensors else None,
         "pattern": _pattern(settings),
@@ -159,13 +163,16 @@ def translate_settings(
     }
     tower = any(key.startswith(f"{ENCODER}blocks.") for key in tensors)
     if not _is_dac(codec):
-        raise InputError(f"{checkpoint} speaks in tokens of {codec['target']}, which this reader does not know; it knows DAC")
-    rate = int(codec["params"].get("model_sr", 44_100))
+        raise InputError(
+            f"{checkpoint} speaks in tokens of {codec.get('target')}, which this reader does not know; it knows DAC"
+        )
+    rate = int((codec.get("params") or {}).get("model_sr", 44_100))
     models = {44_100: "44khz", 44_000: "44khz", 24_000: "24khz", 16_000: "16khz"}
     if rate not in models:
         raise InputError(f"{checkpoint} has a DAC of {rate} Hz; there are DACs of 44100, 24000 and 16000 Hz")
     tokenizer = {"model": models[rate], "weights": str(checkpoint)}
-    optimizer = {"lr": settings["learning_rate"], "weight_decay": settings["weight_decay"], "betas": settings["betas"]}
+    words = {"lr": "learning_rate", "weight_decay": "weight_decay", "betas": "betas"}
+    optimizer = {ours: settings[theirs] for ours, theirs in words.items() if theirs in settings}
     changes = {
         "lm": lm,
         "conditioner": conditioner,
@@ -180,11 +187,21 @@ def translate_settings(
 
 
 def _is_dac(codec: Mapping[str, Any]) -> bool:
-    return "dac" in str(codec["target"]).lower()
+    return "dac" in str(codec.get("target")).lower()
+
+
+def _wanted(settings: Mapping[str, Any], key: str) -> Any:
+    """The setting of a dotted key. Raises InputError where there is none."""
+    found: Any = settings
+    for part in key.split("."):
+        found = found.get(part) if isinstance(found, Mapping) else None
+    if found is None:
+        raise InputError(f"the settings of this experiment lack {key}, without which its model cannot be built")
+    return found
 
 
 def _pattern(settings: Mapping[str, Any]) -> str:
-    target = str(settings["pattern_provider_config"]["target"])
+    target = str(_wanted(settings, "pattern_provider_config.target"))
     for name, pattern in (("Delayed", "delay"), ("Parallel", "parallel")):
         if target.endswith(f"{name}PatternProvider"):
             return pattern

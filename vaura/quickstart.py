@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from vaura import experiment
@@ -195,7 +195,7 @@ def tokenise(task: TokenPrediction, data: VideoData, split: str, folder: Path) -
             raise InputError(f"{broken} holds clips that cannot be read, as {min(lost)}; remove that folder and run again")
         codes, features = (torch.cat(parts) for parts in zip(*made, strict=True))
         with write_aside(path) as aside:
-            save_file({"codes": codes, "features": features}, aside)
+            aside.write_bytes(save({"codes": codes, "features": features}))
     stored = load_file(path)
     return TokenDataset(ids, torch.zeros(len(ids)), stored["codes"], stored["features"])
 

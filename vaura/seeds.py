@@ -7,7 +7,7 @@ import hashlib
 
 def seed_of(*names: object) -> int:
     """A 63-bit seed of its own for these names, the same on every machine: `seed_of(run_seed, clip_id, sample)`."""
-    digest = hashlib.sha256("/".join(map(str, names)).encode()).digest()
+    digest = hashlib.sha256("/".join(map(str, names)).encode("utf-8", "surrogatepass")).digest()
     return int.from_bytes(digest[:8], "big") >> 1
 
 

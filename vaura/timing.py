@@ -13,6 +13,8 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
+from vaura.errors import InputError
+
 Seconds = float | Fraction
 Hertz = int | float | Fraction
 
@@ -119,6 +121,8 @@ def published_windows(duration: Seconds, stride: Seconds) -> list[tuple[Window, 
     Kept for its tokens. Sound and picture drift apart by 41 ms in 20 s, and by half a second after 55 s.
     """
     duration, step = exact(duration), math.floor(PUBLISHED_RATE * exact(stride))
+    if not step > 0 or exact(stride) > PUBLISHED_WINDOW:
+        raise InputError(f"loop=published takes a stride from 1/86 s to 2.56 s, its window; it is {float(stride):g} s")
     total = math.floor(duration * PUBLISHED_RATE)
     if duration <= PUBLISHED_WINDOW:
         return [(Window(0, total, 0), range(math.floor(duration * PUBLISHED_FPS) // PUBLISHED_SEGMENT))]

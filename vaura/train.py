@@ -123,6 +123,11 @@ def build_trainer(trainer: DictConfig, **supplied: Any) -> Trainer:
         and OmegaConf.is_list(trainer.get("devices"))
     ):
         supplied["devices"] = len(trainer.devices)  # numbers of GPUs, where there is none: as many processes
+    if str(trainer.get("precision")) in ("16-true", "bf16-true", "64-true", "16", "bf16", "64"):
+        raise InputError(
+            f"trainer.precision={trainer.precision} would turn the frozen codec and encoder too; "
+            "give 32-true, 16-mixed or bf16-mixed"
+        )
     try:
         return instantiate(trainer, **supplied)
     except InstantiationException as error:

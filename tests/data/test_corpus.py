@@ -420,6 +420,95 @@ def test_the_original_words_for_a_split_and_the_house_s_both_serve(tmp_path):
         corpus.jsonl(path_to_metadata=str(tmp_path / "meta"), splits=("test",))
 
 
+def asked(reader, **given) -> list[set[tuple[str, str, Path]]]:
+    """What is found for all splits at once, and for one after the other."""
+    together, *_ = reader(**given)
+    apart = [clip for split in WORDS for clip in reader(**given, splits=(split,))[0]]
+    return [{(clip.split, clip.id, clip.video) for clip in clips} for clips in (together, apart)]
+
+
+def test_files_of_one_name_are_all_kept_whatever_list_they_stand_in(tmp_path):
+    names = {"train": ["dog/v1.mp4", "a/x/v2.mp4", "b/x/v2.mp4", "w.mp4", "w.mov"], "test": ["cat/v1.mp4", "x/v2.mp4"]}
+    videos = folder_of(tmp_path / "videos", *itertools.chain(*names.values()))
+    for split, listed in names.items():
+        described(tmp_path / "meta" / split / "data.jsonl", *({"filepath": name, "duration": 5} for name in listed))
+    described(tmp_path / "meta" / "predict" / "data.jsonl", {"filepath": "cat/v1.mp4", "duration": 5})
+    given = {"path_to_metadata": str(tmp_path / "meta"), "data_dir": videos}
+    clips, left_out, _ = corpus.jsonl(**given)
+    assert left_out == []
+    assert {clip.id: (clip.split, clip.video.relative_to(videos).as_posix()) for clip in clips} == {
+        **{"dog/v1": ("train", "dog/v1.mp4"), "a/x/v2": ("train", "a/x/v2.mp4"), "b/x/v2": ("train", "b/x/v2.mp4")},
+        **{"w.mp4": ("train", "w.mp4"), "w.mov": ("train", "w.mov")},
+        **{"cat/v1": ("test", "cat/v1.mp4"), "x/v2": ("test", "x/v2.mp4")},
+    }
+    assert [clip.id for clip in in_split(clips, "predict")] == ["cat/v1"]
+    (tmp_path / "meta" / "predict" / "data.jsonl").unlink()
+    (tmp_path / "meta" / "validation").mkdir()
+    (tmp_path / "meta" / "validation" / "data.jsonl").touch()
+    described(tmp_path / "meta" / "predict" / "data.jsonl")
+    together, apart = asked(corpus.jsonl, **given)
+    assert len(together) == 7
+    assert together == apart
+
+
+def test_what_several_lists_hold_is_never_trained_on_and_told(tmp_path):
+    given = small(tmp_path, train="a b c d", validation="c d e", test="d a f", predict="a b j")
+    clips, left_out, _ = corpus.vggsound(**given)
+    assert [letters(clips, split) for split in WORDS] == ["b", "ce", "adf", "baj"]
+    videos = tmp_path / "videos"
+    assert sorted(left_out) == [
+        f"{videos / 'a_0_10000.mp4'} stands in the lists train and test, and is of the split test",
+        f"{videos / 'c_0_10000.mp4'} stands in the lists train and val, and is of the split val",
+        f"{videos / 'd_0_10000.mp4'} stands in the lists train and test, and is of the split test",
+        f"{videos / 'd_0_10000.mp4'} stands in the lists val and test, and is of the split test",
+    ]
+    for split, own, told in (("train", "b", 3), ("val", "ce", 1), ("test", "adf", 0), ("predict", "abj", 0)):
+        clips, left_out, _ = corpus.vggsound(**given, splits=(split,))
+        assert (letters(clips, split), len(left_out)) == (own, told)
+
+
+def test_two_files_of_one_id_are_told(tmp_path):
+    write(tmp_path / "lists" / "x_train.txt", "one/a_0_10000\ntwo/a_0_10000\none/b_0_10000\n")
+    write(tmp_path / "lists" / "x_predict.txt", "two/b_0_10000\n")
+    folder = folder_of(tmp_path / "videos", *(f"{n}/{letter}_0_10000.mp4" for n in ("one", "two") for letter in "ab"))
+    clips, left_out, _ = corpus.audioset(data_dir=folder, split_dir=str(tmp_path / "lists"))
+    assert [clip.video.parent.name for clip in clips] == ["one", "one"]
+    assert left_out == [
+        f"{folder}/two/{letter}_0_10000.mp4 has the id {letter}_0_10000, as {folder}/one/{letter}_0_10000.mp4 has; "
+        "give one of the files another name"
+        for letter in "ab"
+    ]
+
+
+def test_a_list_may_begin_with_a_mark_and_hold_other_ends_of_lines(tmp_path):
+    folder_of(tmp_path / "meta" / "test", "a.mp4")
+    line = json.dumps({"filepath": "a.mp4", "duration": 5, "description": "one\u2028two"}, ensure_ascii=False)
+    (tmp_path / "meta" / "test" / "data.jsonl").write_bytes(b"\xef\xbb\xbf" + line.encode() + b"\r\n")
+    (clip,) = corpus.jsonl(path_to_metadata=str(tmp_path / "meta")).clips
+    assert clip.facts == {"description": "one\u2028two"}
+
+
+@pytest.mark.parametrize("above", ["", "\n", "# written by hand\n", "  \n\n# one\n# two\n"])
+@pytest.mark.parametrize("header", ["file,start_sec\n", ""])
+def test_a_header_is_the_first_row_that_is_one(tmp_path, above, header):
+    table = write(tmp_path / "starts.csv", f"{above}{header}a_0_10000,1.5\nb_0_10000,2\n")
+    clips, *_ = corpus.fixed_starts(data_dir=small(tmp_path)["data_dir"], fixed_start_pts_file=table)
+    assert [(clip.id[0], clip.start) for clip in clips] == [("a", 1.5), ("b", 2.0)]
+    if header:
+        clips, *_ = corpus.vggsound(**small(tmp_path), included_files=table)
+        assert letters(clips, "train") == "ab"
+
+
+def test_a_clip_that_would_begin_behind_its_end_is_left_out_without_a_duration_too(tmp_path):
+    table = write(tmp_path / "starts.csv", "file,start_sec\na_0_10000,10\nb_0_10000,12.5\nc_0_10000,9\n")
+    clips, left_out, _ = corpus.fixed_starts(data_dir=small(tmp_path)["data_dir"], fixed_start_pts_file=table)
+    assert [clip.id[0] for clip in clips] == ["c"]
+    assert [told.partition(".mp4 ")[2] for told in left_out] == [
+        "lasts 10.00 s, and the clip would begin at 10 s",
+        "lasts 10.00 s, and the clip would begin at 12.5 s",
+    ]
+
+
 # --- what is wrong is told in a sentence ---
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:cf16\nsize 858\n"
@@ -459,7 +548,13 @@ def test_two_lists_of_one_split_are_told(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("line", "about"), [("{", "line 1"), ('{"filepath": "a.mp4"}', "duration"), ('{"filepath": 3, "duration": 1}', "line 1")]
+    ("line", "about"),
+    [
+        ("{", "line 1"),
+        ('{"filepath": "a.mp4"}', "duration"),
+        ('{"filepath": 3, "duration": 1}', "line 1"),
+        ('{"filepath": "", "duration": 1}', "line 1"),
+    ],
 )
 def test_a_line_of_a_list_that_does_not_fit_is_told(tmp_path, line, about):
     write(tmp_path / "meta" / "test" / "data.jsonl", line)

@@ -1,5 +1,6 @@
 import json
 import math
+import os
 import shutil
 from pathlib import Path
 
@@ -78,6 +79,30 @@ def test_a_manifest_that_is_not_there_is_told(tmp_path):
         read_manifest(tmp_path / "none.jsonl")
 
 
+def test_a_manifest_of_another_program_is_read(tmp_path):
+    line = json.dumps({"id": "a\u2028b\x85", "video": "ä.mp4", "duration": 1}, ensure_ascii=False)
+    (tmp_path / "m.jsonl").write_bytes(b"\xef\xbb\xbf" + f"{line}\r\n{line}\r\n".encode())
+    assert read_manifest(tmp_path / "m.jsonl") == [Clip("a\u2028b\x85", tmp_path / "ä.mp4", 1.0)] * 2
+
+
+def test_a_manifest_that_is_no_text_is_told(tmp_path):
+    (tmp_path / "m.jsonl").write_bytes('{"id": "ä", "video": "a.mp4", "duration": 1}'.encode("latin-1"))
+    with pytest.raises(InputError, match=r"m\.jsonl cannot be read as text .*save it as UTF-8"):
+        read_manifest(tmp_path / "m.jsonl")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="names are text there")
+def test_a_name_that_is_no_utf_8_comes_back(tmp_path, whole):
+    name = os.fsdecode(b"caf\xe9.mp4")
+    shutil.copy(whole, tmp_path / name)
+    clips, left_out = scan_folder(tmp_path, 0.5, 0.0)
+    assert left_out == []
+    write_manifest(tmp_path / "m.jsonl", clips)
+    assert read_manifest(tmp_path / "m.jsonl") == clips
+    assert usable(read_manifest(tmp_path / "m.jsonl")) == (clips, [])
+    assert clips[0].video.name == name
+
+
 def test_a_failed_write_keeps_the_old_manifest(tmp_path):
     path = tmp_path / "clips.jsonl"
     write_manifest(path, [Clip("a", tmp_path / "a.mp4", 1.0)])
@@ -90,6 +115,8 @@ def test_a_failed_write_keeps_the_old_manifest(tmp_path):
 def test_videos_are_found_by_their_suffix_in_every_folder(tmp_path):
     for name in ("b.MP4", "deep/er/a.webm", "notes.txt", "c.wav"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    for name in (".b.12-0a1b2c3d.mp4", "._b.mp4", ".mp4"):
         (tmp_path / name).touch()
     (tmp_path / "folder.mp4").mkdir()
     assert find_videos(tmp_path) == [tmp_path / "b.MP4", tmp_path / "deep/er/a.webm"]
@@ -139,6 +166,22 @@ def test_a_video_keeps_its_side_when_others_come_and_go(tmp_path, whole):
     some = splits(names[::2])
     assert some == {key: everything[key] for key in some}
     assert splits(names) == everything
+
+
+def test_videos_of_one_name_are_told_apart_and_stay_on_their_side(tmp_path, whole):
+    def splits() -> dict[str, str]:
+        return {clip.id: clip.split for clip in scan_folder(tmp_path, 0.5, val_share=0.5)[0]}
+
+    for n in range(8):
+        (tmp_path / f"{n}.mp4").symlink_to(whole)
+    alone = splits()
+    for name in ("3.mov", "4.mkv", "4.avi", "4.mp4.mkv"):
+        (tmp_path / name).symlink_to(whole)
+    together = splits()
+    assert set(together) == {*"012567", "3.mp4", "3.mov", "4.mp4", "4.mkv", "4.avi", "4.mp4.mkv"}
+    assert all(together[name.removesuffix(".mp4")] == side for name, side in alone.items() if name not in "34")
+    assert {together["3.mp4"], together["3.mov"]} == {alone["3"]}
+    assert {together[f"4.{suffix}"] for suffix in ("mp4", "mkv", "avi")} == {alone["4"]}
 
 
 def test_folders_named_after_splits_are_the_splits(tmp_path, whole):
@@ -214,6 +257,20 @@ def test_what_is_there_and_long_enough_is_usable_unopened(tmp_path):
         [a, held],
         [f"{late.video} lasts 0.50 s from 1.5 s on, shorter than the 1 s of a clip"],
     )
+
+
+@pytest.mark.parametrize("duration", [None, 0.0, 0.01])
+def test_a_clip_that_does_not_last_is_told(tmp_path, duration):
+    (tmp_path / "a.mp4").touch()
+    given = [
+        Clip("a", tmp_path / "a.mp4", length, start) for length, start in ((-1.0, 4.0), (0.0, 3.0), (0.5, 2.5), (0.0, 0.0))
+    ]
+    clips, left_out = usable(given, duration)
+    assert clips == [given[2]]
+    assert [told.partition("lasts ")[2] for told in left_out] == [
+        *("3.00 s, and the clip would begin at 4 s", "3.00 s, and the clip would begin at 3 s"),
+        "0.00 s, and the clip would begin at 0 s",
+    ]
 
 
 def test_clips_of_unknown_length_are_opened(tmp_path, whole):

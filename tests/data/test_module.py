@@ -242,6 +242,20 @@ def test_a_selection_is_one_split_of_whatever_there_is(quiet, listed, folder, tm
         Selection(manifest=str(tmp_path / "m.jsonl"), duration=2.0)
 
 
+def test_all_splits_at_once_are_the_splits_one_by_one(quiet, listed, folder, tmp_path):
+    (Path(listed["split_dir"]) / "mine_test.txt").write_text("5\n2")
+    clips = [Clip("a", folder / f"{n}.mp4", 1.0, split=split) for n, split in enumerate(("train", "val", "test", "predict"))]
+    clips.append(Clip("b", folder / "5.mp4", 1.0, facts={"predict": True}))
+    write_manifest(tmp_path / "m.jsonl", clips)
+    sources = [{"data_dir": listed["data_dir"], "corpus": reader(listed)}, {"manifest": str(tmp_path / "m.jsonl")}]
+    for given, number in zip(sources, (6, 5), strict=True):
+        every = Source(**given).everything()
+        assert len(every) == number
+        for split, apart in Source(**given).items():
+            assert sorted(clip.video for clip in in_split(every, split)) == sorted(clip.video for clip in apart)
+            assert split == "predict" or [clip.id for clip in in_split(every, split)] == [clip.id for clip in apart]
+
+
 def test_videos_without_sound_are_generated_for_and_not_learnt_from(quiet, tmp_path):
     write_video(tmp_path / "silent.mp4", torch.zeros(10, 3, 32, 32, dtype=torch.uint8), 10)
     assert [clip.id for clip in Selection(data_dir=str(tmp_path), split=None).clips] == ["silent"]

@@ -197,6 +197,12 @@ def test_load_takes_other_weights_of_another_size(tmp_path, file):
     assert not torch.equal(encoder(video), make(file)(video))
 
 
+def test_a_full_disk_is_told(tmp_path, file, full_disk):
+    with pytest.raises(InputError, match=r"cannot write .*tower\.safetensors: .*make room"):
+        make(file).save(tmp_path / "tower.safetensors")
+    assert not list(tmp_path.glob("*tower*"))
+
+
 @torch.no_grad()
 def test_what_is_never_used_may_be_absent(tmp_path, file):
     state = {key: value for key, value in weights().items() if not key.startswith("patch_embed.")}

@@ -177,15 +177,19 @@ def test_what_fails_leaves_nothing(cache, clip):
     assert files(cache) == []
 
 
-def _killed_while_writing(cache: FeatureCache, clip: Clip) -> None:
-    whole = vaura.encoder.cache.save_file
+def test_a_full_disk_is_told(cache, clip, full_disk):
+    with pytest.raises(InputError, match=r"cannot write .*\.safetensors: .*make room"):
+        cache.features(encoder(), clip, lambda: FEATURES)
+    assert files(cache) == []
 
-    def half(tensors: dict[str, Tensor], path: Path, **settings) -> None:
-        whole(tensors, path, **settings)
-        os.truncate(path, path.stat().st_size // 2)
+
+def _killed_while_writing(cache: FeatureCache, clip: Clip) -> None:
+    def half(path: Path, content: bytes) -> None:
+        with path.open("wb") as file:
+            file.write(content[: len(content) // 2])
         os.kill(os.getpid(), signal.SIGKILL)
 
-    vaura.encoder.cache.save_file = half
+    Path.write_bytes = half
     cache.features(encoder(), clip, lambda: FEATURES)
 
 

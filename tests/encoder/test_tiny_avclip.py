@@ -100,6 +100,12 @@ def test_what_save_wrote_load_reads(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["encoder.safetensors"]
 
 
+def test_a_full_disk_is_told(tmp_path, full_disk):
+    with pytest.raises(InputError, match=r"cannot write .*encoder\.safetensors: .*make room"):
+        make().save(tmp_path / "encoder.safetensors")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_file_that_is_not_there_is_told(tmp_path):
     with pytest.raises(InputError, match=r"none\.safetensors do not exist.*encoder\.weights=null"):
         make(weights=str(tmp_path / "none.safetensors"))

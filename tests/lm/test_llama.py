@@ -230,3 +230,15 @@ def test_only_a_delay_has_steps_past_the_last_frame():
     settings = {"num_codebooks": 2, "codebook_size": 8, "num_layers": 1, "dim": 16, "num_heads": 2, "channels": 4}
     assert TokenLM(pattern="parallel", **settings).after_end is None
     assert TokenLM(pattern="delay", **settings).after_end is not None
+
+
+def test_everything_that_learns_has_a_gradient_however_far_the_condition_reaches():
+    """Processes that train together wait for the gradient of every parameter."""
+    lm = TokenLM(K, V, num_layers=1, dim=16, num_heads=2, channels=8, ffn_multiple=8).train()
+    for parameter in lm.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    codes = torch.randint(0, V, (1, K, 5))
+    for frames in (5, 5 + K):
+        lm.zero_grad()
+        lm.loss(codes, Condition(torch.randn(1, frames, 8))).mean().backward()
+        assert [name for name, parameter in lm.named_parameters() if parameter.grad is None] == []

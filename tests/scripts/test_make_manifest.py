@@ -78,6 +78,37 @@ def test_the_spelling_of_the_other_commands_works_too(main, corpus):
     assert {clip.split for clip in read_manifest(corpus["output"])} == {"train"}
 
 
+def test_switches_and_lists_are_spelt_that_way_too(main, corpus, tmp_path):
+    write_video(tmp_path / "videos" / "silent.mp4", torch.zeros(10, 3, 32, 32, dtype=torch.uint8), 10)
+    given = ["folder", f"data_dir={corpus['data_dir']}", f"output={tmp_path / 'mine.jsonl'}"]
+    ids = {}
+    for words_ in ((), ("needs_sound=true",), ("needs_sound=false",), ("needs_sound=False", "verify=1", "keep_silent=true")):
+        assert main([*given, *words_]) == 0
+        ids[words_] = sorted(clip.id for clip in read_manifest(tmp_path / "mine.jsonl"))
+    assert list(ids.values()) == [*[["a_0_1000", "b_0_1000"]] * 2, *[["a_0_1000", "b_0_1000", "silent"]] * 2]
+    assert main([*given, "needs_sound=false", "verify=1", "keep_silent=false"]) == 0
+    assert len(read_manifest(tmp_path / "mine.jsonl")) == 2
+    for spelt in ("splits=train,val", "splits=[train, val]"):
+        assert main(["vggsound", *words(corpus, "{}={}"), spelt]) == 0
+        assert {clip.split for clip in read_manifest(corpus["output"])} == {"train", "val"}
+    for wrong in ("needs_sound=perhaps", "splits=train,dev"):
+        with pytest.raises(SystemExit):
+            main([*given, wrong])
+
+
+@pytest.mark.skipif(os.name == "nt", reason="names are text there")
+def test_a_name_that_is_no_utf_8_is_told_and_written(main, corpus, tmp_path):
+    whole = tmp_path / "videos" / "a_0_1000.mp4"
+    os.link(whole, tmp_path / "videos" / os.fsdecode(b"caf\xe9.mp4"))
+    (tmp_path / "videos" / os.fsdecode(b"no\nvideo \xe9.mp4")).write_text("no video")
+    output = tmp_path / "mine.jsonl"
+    assert main(["folder", f"data_dir={corpus['data_dir']}", f"output={output}", "val_share=0"]) == 0
+    assert os.fsdecode(b"caf\xe9") in {clip.id for clip in read_manifest(output)}
+    told = output.with_suffix(".left_out.txt").read_text(encoding="utf-8").splitlines()
+    assert len(told) == 2
+    assert r"no video \udce9.mp4 is not a video" in told[1]
+
+
 def test_rules_are_told_and_a_run_without_losses_clears_the_old_list(main, corpus, tmp_path, capsys):
     (tmp_path / "bad.txt").write_text("d_0_1000\n")
     main(["vggsound", *words(corpus)])

@@ -11,6 +11,7 @@ from types import ModuleType
 import pytest
 import torch
 
+from vaura.files import write_aside
 from vaura.media.mux import write_video
 from vaura.media.reencode import Settings
 from vaura.media.video import probe
@@ -140,13 +141,31 @@ def test_help_tells_every_number_and_what_it_is_unless_given(script, capsys):
         assert f"(default: {value})" in shown
 
 
-def test_of_two_videos_for_one_place_the_second_is_told(script, tmp_path):
-    video(tmp_path / "old" / "one.mov.mp4").rename(tmp_path / "old" / "one.mov")
-    video(tmp_path / "old" / "one.mp4")
+@pytest.mark.parametrize("first", ["one.mov", "one.mp4"])
+def test_videos_that_differ_in_their_suffix_alone_keep_it_whichever_came_first(script, tmp_path, capsys, first):
+    old, new = tmp_path / "old", tmp_path / "new"
+    words = [str(old), str(new), *QUICK, "--workers=1"]
+    lengths = {"one.mov": 0.4, "one.mp4": 0.8}
+    for name in sorted(lengths, key=lambda name: name != first):
+        video(old / "other.mp4", lengths[name]).rename(old / name)
+        assert script.main(words) == 0
+    told = capsys.readouterr().err
+    assert "keep it in their new names: one.*" in told
+    assert f"{new / 'one.mp4'} was made when only one of them was there" in told
+    made = {name: probe(new / f"{name}.mp4").duration for name in lengths}
+    assert made == pytest.approx(lengths, abs=0.05)
+    (new / "one.mp4").unlink()
+    assert script.main(words) == 0
+    assert "remove it" not in capsys.readouterr().err
+    assert sorted(path.name for path in new.glob("*.mp4")) == ["one.mov.mp4", "one.mp4.mp4"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="names are text there")
+def test_a_failure_with_a_name_that_is_no_utf_8_is_listed(script, tmp_path):
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / os.fsdecode(b"caf\xe9.mp4")).write_text("no video")
     assert script.main([str(tmp_path / "old"), str(tmp_path / "new"), *QUICK, "--workers=1"]) == 1
-    failed = (tmp_path / "new" / "failed.txt").read_text()
-    assert failed.startswith("one.mp4: ")
-    assert "would take the place of" in failed
+    assert (tmp_path / "new" / "failed.txt").read_text(encoding="utf-8").startswith(r"caf\udce9.mp4: ")
 
 
 def test_a_defect_is_told_with_its_kind_and_does_not_end_the_others(script, folder, tmp_path, monkeypatch):
@@ -179,14 +198,17 @@ def test_a_video_that_kills_its_worker_is_found_out_and_no_other_is_lost(script,
 
 
 def test_what_a_killed_run_left_behind_is_cleared_and_what_is_being_written_is_not(script, tmp_path):
-    target = tmp_path / "a[1].mp4"
-    names = [".a[1].77.mp4", ".a[1].78.mp4", ".a[1].b.mp4", ".a1.77.mp4", "a[1].77.mp4"]
-    for name in names:
+    target, others = tmp_path / "a[1].mp4", [".a[1].b.mp4", ".a1.77-0123abcd.mp4", "a[1].77-0123abcd.mp4"]
+    with write_aside(target) as abandoned:  # what a kill leaves is what is there now
+        abandoned.touch()
+    target.unlink()
+    for name in (abandoned.name, *others):
         (tmp_path / name).touch()
         os.utime(tmp_path / name, (0, time.time() - 100))
-    os.utime(tmp_path / ".a[1].78.mp4")
-    script.clear_abandoned(target)
-    assert tree(tmp_path) == sorted(names[1:])
+    with write_aside(target) as aside:
+        aside.touch()
+        script.clear_abandoned(target)
+        assert tree(tmp_path) == sorted([aside.name, *others])
 
 
 def test_several_at_once_from_a_shell(folder, tmp_path):

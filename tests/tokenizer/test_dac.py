@@ -238,6 +238,10 @@ def test_the_first_codebooks_alone(ours, file):
             DAC("44khz", str(file), num_codebooks=wrong)
 
 
+def test_no_codes_are_no_sound(ours):
+    assert ours.decode(torch.zeros(2, ours.num_codebooks, 0, dtype=torch.int64)).shape == (2, 1, 0)
+
+
 def test_wrong_choices_list_the_right_ones(ours):
     with pytest.raises(InputError, match="'48khz'; choose from 44khz, 44khz_16kbps, 24khz, 16khz"):
         DAC("48khz")

@@ -182,11 +182,17 @@ def test_must_be_fitted_first():
 def test_wrong_shapes_and_codes_are_refused(fitted):
     with pytest.raises(InputError, match="mono"):
         fitted.encode(torch.zeros(1, 2, 320))
+    with pytest.raises(InputError, match="holds none"):
+        fitted.encode(torch.zeros(2, 1, 0))
     with pytest.raises(InputError, match="3 codebooks"):
         fitted.decode(torch.zeros(1, 2, 4, dtype=torch.int64))
     for wrong in (-1, 64):
         with pytest.raises(InputError, match="from 0 to 63"):
             fitted.decode(torch.full((1, 3, 4), wrong))
+
+
+def test_no_codes_are_no_sound(fitted):
+    assert fitted.decode(torch.zeros(2, 3, 0, dtype=torch.int64)).shape == (2, 1, 0)
 
 
 def test_a_saved_tokenizer_is_the_same(fitted, unseen, tmp_path):

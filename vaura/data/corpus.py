@@ -7,8 +7,10 @@ Besides its own files it takes three things that a run supplies:
     splits: of train, val, test and predict; None takes all there are.
     duration: seconds that a clip has to last; None takes any.
 
-Splits stay what they were, each in the order of its ids. Lengths are those that the lists state, and only where they state none
-a file is opened; `vaura.data.manifest.verify` opens them all. Paths are relative to the working folder.
+Splits stay what they were, each in the order of its ids. A clip that stands in several lists is of one of them, whichever are
+asked for: of test before val, and of val before train, so that nothing is trained on that a list keeps apart. Lengths are those
+that the lists state, and only where they state none a file is opened; `vaura.data.manifest.verify` opens them all. Paths are
+relative to the working folder.
 """
 
 from __future__ import annotations
@@ -16,12 +18,12 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from vaura.data.manifest import PREDICT, SPLITS, Clip, names_in, scan_folder, usable
+from vaura.data.manifest import PREDICT, SPLITS, Clip, names_in, names_of, scan_folder, usable
 from vaura.data.tables import (
     LISTED_AS,
     read_descriptions,
@@ -103,8 +105,8 @@ def vggsound(
     def facts_of(name: str) -> dict[str, Any]:
         return {} if descriptions is None else {"desc": descriptions[name]}
 
-    chosen, unwanted = _sift(lists, rules)
-    return Found(*usable(_cuts(folder, chosen, start_of, facts_of), duration), unwanted)
+    chosen, unwanted = _sift(lists, rules, splits)
+    return _found(_cuts(folder, chosen, start_of, facts_of), splits, duration, unwanted)
 
 
 def audioset(
@@ -153,8 +155,8 @@ def audioset(
     def facts_of(name: str) -> dict[str, Any]:
         return {"labels": labels[name]} if name in labels else {}
 
-    chosen, unwanted = _sift(lists, rules)
-    return Found(*usable(_cuts(folder, chosen, start_of, facts_of), duration), unwanted)
+    chosen, unwanted = _sift(lists, rules, splits)
+    return _found(_cuts(folder, chosen, start_of, facts_of), splits, duration, unwanted)
 
 
 def fixed_starts(
@@ -184,8 +186,8 @@ def fixed_starts(
     def facts_of(name: str) -> dict[str, Any]:
         return {"desc": descriptions[name]} if name in descriptions else {}
 
-    chosen = {split: sorted(starts)} if splits is None or split in splits else {}
-    return Found(*usable(_cuts(folder, chosen, lambda name, _: 0.0 if late else starts[name], facts_of), duration))
+    picked = _cuts(folder, {split: sorted(starts)}, lambda name, _: 0.0 if late else starts[name], facts_of)
+    return _found(picked, splits, duration)
 
 
 def greatesthit(
@@ -215,9 +217,9 @@ def greatesthit(
             recording, one, _ = entry.partition("_denoised")  # the list predict names single clips
             found = [clip for clip in clips_of.get(recording, ()) if not one or clip.id == entry]
             picked[split] += [replace(clip, split=split, facts={**clip.facts}) for clip in found]
-            if not found:
+            if not found and _is_asked(split, splits):
                 left_out.append(f"there is no video {folder / entry}{'' if one else '_denoised*'}.mp4")
-    clips, unusable = usable(_all(picked), duration)
+    clips, unusable, _ = _found(picked, splits, duration)
     return Found(clips, left_out + unusable)
 
 
@@ -232,7 +234,8 @@ def jsonl(
     """VAS and the demo: <path_to_metadata>/<split>/data.jsonl or data.jsonl.gz, one file a line.
 
     A `filepath` that does not exist, for the list was written elsewhere, is looked for by its last parts below `data_dir`,
-    beside the list, and below `path_to_metadata`.
+    beside the list, and below `path_to_metadata`. Where files of one name are listed, in one list or in several, a clip is
+    called after as many of its file's folders as tell it from the others.
 
     Args:
         path_to_metadata: folder whose subfolders are splits.
@@ -242,18 +245,26 @@ def jsonl(
     if not root.is_dir():
         raise InputError(f"there is no folder {root}; path_to_metadata names the one that holds test/data.jsonl and the like")
     starts = {} if gen_videos_filepath is None else read_starts(gen_videos_filepath)
-    picked: dict[str, list[Clip]] = {}
-    for split in LISTED_AS if splits is None else splits:
-        listed = [root / word / name for word in LISTED_AS[split] for name in ("data.jsonl", "data.jsonl.gz")]
+    lists: dict[str, list[_Listed]] = {}
+    find: dict[str, Callable[[Path], Path]] = {}
+    for split, words in LISTED_AS.items():
+        listed = [root / word / name for word in words for name in ("data.jsonl", "data.jsonl.gz")]
         path = next((path for path in listed if path.is_file()), None)
         if path is not None:
-            places = [path.parent, root] if data_dir is None else [_folder(data_dir), path.parent, root]
-            picked[split] = sorted(_jsonl_clips(path, split, starts, _finder(places)), key=lambda clip: clip.id)
-        elif splits is not None:
+            lists[split] = _listed(path)
+            find[split] = _finder([path.parent, root] if data_dir is None else [_folder(data_dir), path.parent, root])
+        elif splits is not None and split in splits:
             raise InputError(f"{root} has no list of the split {split}: there is no {listed[0]}")
-    if not picked:
+    if not lists:
         raise InputError(f"{root} has no list of any split, such as {root / 'test' / 'data.jsonl'}")
-    return Found(*usable(_all(picked), duration))
+    names = _names({line.file for lines in lists.values() for line in lines})
+
+    def clip(line: _Listed, split: str) -> Clip:
+        start = starts.get(line.file.stem, 0.0)
+        return Clip(names[line.file], find[split](line.file), round(line.duration - start, 6), start, split, {**line.facts})
+
+    picked = {split: sorted((clip(line, split) for line in lines), key=lambda clip: clip.id) for split, lines in lists.items()}
+    return _found(picked, splits, duration)
 
 
 def folder(
@@ -292,7 +303,7 @@ def _cuts(
     chosen: Mapping[str, Sequence[str]],
     start_of: Callable[[str, str], float],
     facts_of: Callable[[str], dict[str, Any]],
-) -> list[Clip]:
+) -> dict[str, list[Clip]]:
     """The clips of lines [<subfolder>/]<id>_<start ms>_<end ms>; of other lines the length is not known."""
     picked: dict[str, list[Clip]] = {}
     for split, lines in chosen.items():
@@ -302,7 +313,7 @@ def _cuts(
             start = start_of(name, split)
             rest = round(_length(name) - start, 6)
             picked[split].append(Clip(name, folder / f"{line}.mp4", rest, start, split, facts_of(name)))
-    return _all(picked)
+    return picked
 
 
 def _length(name: str) -> float:
@@ -313,15 +324,46 @@ def _length(name: str) -> float:
     return (int(instants[1]) - int(instants[0])) / 1000
 
 
-def _all(picked: Mapping[str, Sequence[Clip]]) -> list[Clip]:
-    """Every clip once: one that stands in the list predict and in another is the other's, with the fact `predict`."""
-    clips = {clip.id: clip for split, group in picked.items() if split != PREDICT for clip in group}
-    for clip in picked.get(PREDICT, ()):
-        if clip.id in clips:
-            clips[clip.id].facts[PREDICT] = True
-        else:
-            clips[clip.id] = clip
-    return list(clips.values())
+def _is_asked(split: str, splits: Collection[str] | None) -> bool:
+    return splits is None or split in splits
+
+
+def _found(
+    picked: Mapping[str, Sequence[Clip]],
+    splits: Collection[str] | None,
+    duration: float | None,
+    unwanted: Sequence[str] = (),
+) -> Found:
+    clips, doubled = _once(picked, splits)
+    clips, unusable = usable(clips, duration)
+    return Found(clips, doubled + unusable, unwanted)
+
+
+def _once(picked: Mapping[str, Sequence[Clip]], splits: Collection[str] | None) -> tuple[list[Clip], list[str]]:
+    """The clips of `splits`, each id once, and a sentence for each clip that another of its id keeps out.
+
+    `picked` holds the other lists as well, which decide whose a clip is: of the same split, whether one is asked for or all.
+    Only one that stands in the list predict and in another that is asked for is the other's, with the fact `predict`.
+    """
+    owner: dict[str, Clip] = {}
+    left_out = []
+    for split in (*reversed(SPLITS), PREDICT):
+        for clip in picked.get(split, ()):
+            other = owner.setdefault(clip.id, clip)
+            if other is clip or not _is_asked(split, splits):
+                continue
+            if split not in (other.split, PREDICT):
+                left_out.append(
+                    f"{clip.video} stands in the lists {split} and {other.split}, and is of the split {other.split}"
+                )
+            elif clip.video != other.video:
+                left_out.append(f"{clip.video} has the id {clip.id}, as {other.video} has; give one of the files another name")
+            elif split == PREDICT and other.split != PREDICT and _is_asked(other.split, splits):
+                other.facts[PREDICT] = True
+            elif split == PREDICT and other.split != PREDICT:
+                owner[clip.id] = clip  # whose split nobody asked for
+    asked = (split for split in (*SPLITS, PREDICT) if _is_asked(split, splits))
+    return [clip for split in asked for clip in picked.get(split, ()) if owner[clip.id] is clip], left_out
 
 
 # --- which of them stay ---
@@ -335,8 +377,10 @@ class _Rule(NamedTuple):
     spares_predict: bool = False
 
 
-def _sift(lists: Mapping[str, Sequence[str]], rules: Sequence[_Rule]) -> tuple[dict[str, list[str]], list[str]]:
-    """The lines of every split that stay, sorted, and a sentence for each rule that left some out."""
+def _sift(
+    lists: Mapping[str, Sequence[str]], rules: Sequence[_Rule], splits: Collection[str] | None
+) -> tuple[dict[str, list[str]], list[str]]:
+    """The lines of every list that stay, sorted, and a sentence for each rule that left some out of `splits`."""
     chosen, told = {}, []
     for split, lines in lists.items():
         left = sorted(set(lines))
@@ -344,7 +388,7 @@ def _sift(lists: Mapping[str, Sequence[str]], rules: Sequence[_Rule]) -> tuple[d
             if split == PREDICT and rule.spares_predict:
                 continue
             kept = [line for line in left if rule.keep(stem_of(line), split)]
-            if len(kept) < len(left):
+            if len(kept) < len(left) and _is_asked(split, splits):
                 told.append(f"{len(left) - len(kept)} of {len(left)} clips of the split {split}, {rule.why}")
             left = kept
         chosen[split] = left
@@ -436,23 +480,40 @@ def _recordings(folder: Path, hits: Mapping[str, _Hit]) -> dict[str, list[Clip]]
 JSONL_FACTS = ("description", "material", "action_type", "effect")
 
 
-def _jsonl_clips(path: Path, split: str, starts: Mapping[str, float], find: Callable[[Path], Path]) -> Iterator[Clip]:
-    """The clips of a list; two files of one name are told apart by their folders' names."""
-    lines: list[tuple[Path, float, dict[str, Any]]] = []
-    for number, text in enumerate(read_text(path).splitlines(), 1):
+class _Listed(NamedTuple):
+    """A line of a list: the file as it is called there, and its seconds."""
+
+    file: Path
+    duration: float
+    facts: dict[str, Any]
+
+
+def _listed(path: Path) -> list[_Listed]:
+    lines = []
+    for number, text in enumerate(read_text(path).split("\n"), 1):  # a string may hold what else ends a line
         if not text.strip():
             continue
         try:
             line = json.loads(text)
-            lines.append((Path(line["filepath"]), float(line["duration"]), line))
-        except (ValueError, KeyError, TypeError) as error:
+            facts = {key: line[key] for key in JSONL_FACTS if line.get(key) is not None}
+            lines.append(_Listed(Path(line["filepath"]), float(line["duration"]), facts))
+            if not lines[-1].file.name:
+                raise ValueError(f"'{line['filepath']}' is no file")
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(f"{path}, line {number}: not a clip ({error}); each line needs filepath and duration") from error
-    named = Counter(listed.stem for listed, _, _ in lines)
-    for listed, duration, line in lines:
-        name = listed.stem if named[listed.stem] == 1 else f"{listed.parent.name}/{listed.stem}"
-        start = starts.get(listed.stem, 0.0)
-        facts = {key: line[key] for key in JSONL_FACTS if line.get(key) is not None}
-        yield Clip(name, find(listed), round(duration - start, 6), start, split, facts)
+    return lines
+
+
+def _names(files: Iterable[Path]) -> dict[Path, str]:
+    """File -> its stem, after as many of its folders as it takes that no other file is called the same."""
+    files = sorted(files)
+    parts = {file: name.relative_to(name.anchor).parts for file, name in zip(files, names_of(files), strict=True)}
+    names: dict[Path, str] = {}
+    for length in range(1, max(map(len, parts.values()), default=0) + 1):
+        tails = {file: "/".join(parts[file][-length:]) for file in files if file not in names}
+        times = Counter(tails.values())
+        names |= {file: tail for file, tail in tails.items() if times[tail] == 1 or length >= len(parts[file])}
+    return names
 
 
 def _finder(places: Sequence[Path]) -> Callable[[Path], Path]:

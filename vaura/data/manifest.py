@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -74,8 +75,12 @@ def read_manifest(path: str | Path) -> list[Clip]:
     path = Path(path)
     if not path.is_file():
         raise InputError(f"the manifest {path} does not exist; give a JSONL file with one clip a line")
+    try:
+        lines = path.read_bytes().decode("utf-8-sig").split("\n")  # a string may hold what else ends a line
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"the manifest {path} cannot be read as text ({error}); save it as UTF-8") from error
     clips = []
-    for number, text in enumerate(path.read_text().splitlines(), 1):
+    for number, text in enumerate(lines, 1):
         if not text.strip():
             continue
         try:
@@ -97,11 +102,11 @@ def read_manifest(path: str | Path) -> list[Clip]:
 
 
 def write_manifest(path: str | Path, clips: list[Clip]) -> None:
-    """Write `clips` so that `read_manifest` gives them back."""
+    """Write `clips` so that `read_manifest` gives them back: as ASCII, in which a name that is no UTF-8 has its place too."""
     path = Path(path)
     home = path.parent.resolve()
     folders: dict[Path, Path] = {}  # resolved once each: a corpus has many videos in few folders
-    with write_aside(path) as aside, aside.open("w") as file:
+    with write_aside(path) as aside, aside.open("w", encoding="ascii") as file:
         for clip in clips:
             if (folder := clip.video.parent) not in folders:
                 resolved = folder.resolve()
@@ -119,7 +124,7 @@ def in_split(clips: Iterable[Clip], split: str) -> list[Clip]:
 
 
 def usable(clips: Iterable[Clip], duration: float | None = None, workers: int = 1) -> tuple[list[Clip], list[str]]:
-    """The clips whose file is there and that last `duration` seconds, and a sentence for each of the others.
+    """The clips whose file is there and that last `duration` seconds, or last at all, and a sentence for each of the others.
 
     Every folder is listed once and no file is opened, except where a duration is not known.
     """
@@ -136,9 +141,14 @@ def usable(clips: Iterable[Clip], duration: float | None = None, workers: int = 
     if any(math.isnan(clip.duration) for clip in there):
         there, unreadable = _measure(there, workers)
         left_out += unreadable
-    long = [clip for clip in there if _lasts(clip, duration)]
-    if len(long) < len(there):
-        left_out += [_too_short(clip, duration) for clip in there if not _lasts(clip, duration)]
+    long = []
+    for clip in there:
+        if clip.duration <= 0:
+            left_out.append(_empty(clip, clip.start + clip.duration))
+        elif not _lasts(clip, duration):
+            left_out.append(_too_short(clip, duration))
+        else:
+            long.append(clip)
     return long, left_out
 
 
@@ -181,7 +191,7 @@ def verify(
         if needs_sound and facts.sample_rate is None:
             left_out.append(_silent(clip.video))
         elif clip.duration <= 0:
-            left_out.append(f"{clip.video} lasts {facts.duration:.2f} s, and the clip would begin at {clip.start:g} s")
+            left_out.append(_empty(clip, facts.duration))
         elif not _lasts(clip, duration):
             left_out.append(_too_short(clip, duration))
         else:
@@ -209,6 +219,10 @@ def _lasts(clip: Clip, duration: float | None) -> bool:
     return duration is None or round(clip.duration + SPARE, 6) >= duration
 
 
+def _empty(clip: Clip, end: float) -> str:
+    return f"{clip.video} lasts {end:.2f} s, and the clip would begin at {clip.start:g} s"
+
+
 def _too_short(clip: Clip, duration: float | None) -> str:
     since = f" from {clip.start:g} s on" if clip.start else ""
     return f"{clip.video} lasts {clip.duration:.2f} s{since}, shorter than the {duration or 0:g} s of a clip"
@@ -219,14 +233,30 @@ def _silent(video: Path) -> str:
 
 
 def find_videos(folder: str | Path) -> list[Path]:
-    """Every file below `folder` with the suffix of a video, sorted. Raises InputError where there is none."""
+    """Every file below `folder` with the suffix of a video, sorted. Raises InputError where there is none.
+
+    A name that begins with a dot is no video's: so are those called that somebody is still writing.
+    """
     folder = Path(folder)
     if not folder.is_dir():
         raise InputError(f"the folder of videos {folder} does not exist")
-    videos = sorted(path for path in folder.rglob("*") if path.suffix.lower() in VIDEO_SUFFIXES and path.is_file())
+    named = (path for path in folder.rglob("*") if path.suffix.lower() in VIDEO_SUFFIXES and not path.name.startswith("."))
+    videos = sorted(path for path in named if path.is_file())
     if not videos:
         raise InputError(f"there is no video below {folder}; it needs files such as .mp4, .mkv, .mov or .webm")
     return videos
+
+
+def names_of(files: Sequence[Path]) -> list[Path]:
+    """Each file without its suffix; with it, where another would have the same name."""
+    whole: set[Path] = set()
+    while True:
+        names = [file if file in whole else file.with_suffix("") for file in files]
+        times = Counter(names)
+        clashing = {file for file, name in zip(files, names, strict=True) if times[name] > 1} - whole
+        if not clashing:
+            return names
+        whole |= clashing
 
 
 def scan_folder(
@@ -238,9 +268,8 @@ def scan_folder(
     `val_share` of clips that validate, so a video keeps its side when others come or go, unless that would leave a side empty.
     """
     folder = Path(folder)
-    clips = []
-    for video in find_videos(folder):
-        name = video.relative_to(folder).with_suffix("")
+    clips, videos = [], find_videos(folder)
+    for video, name in zip(videos, names_of([video.relative_to(folder) for video in videos]), strict=True):
         clips.append(Clip(id=name.as_posix(), video=video, duration=math.nan, split=_named_split(name) or "train"))
     clips, left_out = verify(clips, shortest, workers, needs_sound)
     if clips and val_share > 0 and not any(_named_split(Path(clip.id)) for clip in clips):
@@ -256,7 +285,11 @@ def _hold_out(clips: list[Clip], share: float) -> list[Clip]:
     """Move clips whose names draw less than `share` to the validation split; at least one stays on either side."""
     if len(clips) < 2:
         raise InputError(f"{clips[0].video} is the only usable video; one more is needed to validate on, or data.val_share=0")
-    rank = sorted(clips, key=lambda clip: share_of(clip.id))
-    held = [clip.id for clip in rank if share_of(clip.id) < share] or [rank[0].id]
+
+    def drawn(clip: Clip) -> float:
+        return share_of(clip.id.removesuffix(clip.video.suffix))  # whether or not another video has its name
+
+    rank = sorted(clips, key=drawn)
+    held = [clip.id for clip in rank if drawn(clip) < share] or [rank[0].id]
     held = set(held[: len(clips) - 1])
     return [replace(clip, split="val" if clip.id in held else "train") for clip in clips]

@@ -73,9 +73,9 @@ class Source(Mapping[str, list[Clip]]):
         return len(SPLITS) + 1
 
     def everything(self) -> list[Clip]:
-        """The clips of all splits that there are, each once."""
+        """The clips of all splits that there are, each once: one that is marked for predict too is of its own split."""
         if self._corpus is None:
-            return list({clip.id: clip for split in self for clip in self[split]}.values())
+            return [clip for split in self for clip in self[split] if clip.split == split]
         return self._read(None)
 
     def reasons(self) -> str:

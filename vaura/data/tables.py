@@ -34,19 +34,18 @@ def stem_of(line: str) -> str:
 
 
 def read_lists(split_dir: str, splits: Collection[str] | None) -> dict[str, list[str]]:
-    """Split -> the lines of its list."""
+    """Split -> the lines of its list, for every list that there is; those of `splits` must be there."""
     root = Path(split_dir)
     if not root.is_dir():
         raise InputError(f"there is no folder {root} of split lists; check split_dir")
     lists: dict[str, list[str]] = {}
-    for split in LISTED_AS if splits is None else splits:
-        words = LISTED_AS[split]
+    for split, words in LISTED_AS.items():
         paths = [path for path in sorted(root.glob("*.txt")) if path.stem.rpartition("_")[2] in words]
         if len(paths) > 1:
             raise InputError(f"{paths[0]} and {paths[1]} both list the split {split}; keep one of them in {root}")
         if paths:
             lists[split] = [line.strip().removesuffix(".mp4") for line in read_text(paths[0]).splitlines() if line.strip()]
-        elif splits is not None:
+        elif splits is not None and split in splits:
             raise InputError(f"{root} has no list of the split {split}, a file such as {root.name}_{words[0]}.txt")
     if not lists:
         raise InputError(f"{root} has no list of any split, a file such as {root.name}_train.txt")
@@ -69,14 +68,19 @@ def read_text(path: str | Path) -> str:
 
 def read_rows(path: str, columns: Sequence[str], parse: Callable[[list[str]], Any]) -> Iterator[Any]:
     """`parse` of every row of a csv, with or without a header. InputError where a row has not what `parse` wants."""
-    rows = csv.reader(io.StringIO(read_text(path), newline=""), skipinitialspace=True)
-    for number, row in enumerate(rows):
-        if not row or row[0].startswith("#") or (number == 0 and not any(map(_is_number, row))):
+    for number, (line, row) in enumerate(_rows(path)):
+        if number == 0 and not any(map(_is_number, row)):
             continue
         try:
             yield parse(row)
         except (ValueError, IndexError) as error:
-            raise InputError(f"{path}, line {rows.line_num}: not a row of {','.join(columns)} ({error})") from error
+            raise InputError(f"{path}, line {line}: not a row of {','.join(columns)} ({error})") from error
+
+
+def _rows(path: str) -> Iterator[tuple[int, list[str]]]:
+    """The rows of a csv that are neither empty nor a comment, each with the number of its line."""
+    rows = csv.reader(io.StringIO(read_text(path), newline=""), skipinitialspace=True)
+    return ((rows.line_num, row) for row in rows if any(map(str.strip, row)) and not row[0].startswith("#"))
 
 
 def _is_number(cell: str) -> bool:
@@ -131,8 +135,7 @@ def read_ids(path: str) -> set[str]:
     if Path(path).is_dir():
         return set().union(*(read_ids(str(part)) for part in sorted(Path(path).glob("*.txt"))))
     if Path(path).suffix == ".csv":
-        rows = list(csv.reader(io.StringIO(read_text(path), newline="")))[1:]
-        return {stem_of(row[0]) for row in rows if row}
+        return {stem_of(row[0]) for _, row in list(_rows(path))[1:]}
     return {stem_of(line.strip()) for line in read_text(path).splitlines() if line.strip()}
 
 

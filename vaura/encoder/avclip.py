@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from vaura.checkpoint import load_exactly, tensors_in
@@ -95,9 +95,9 @@ class AVCLIP(nn.Module):
             raise InputError(f"encoder.resize is {self.resize}, less than the {self.size} pixels that {path} takes; give more")
 
     def save(self, path: str | Path) -> None:
-        """Write the tower's weights as safetensors, in the precision it runs in."""
+        """Write the tower's weights as safetensors, in the precision it runs in. InputError where they cannot be written."""
         with write_aside(path) as aside:
-            save_file(self.tower.state_dict(), aside)
+            aside.write_bytes(save(self.tower.state_dict()))
 
     def forward(self, video: Tensor) -> Tensor:
         """video (B, F, 3, H, W) uint8, whole segments of 16 frames -> features (B, F/2, E) float32.

@@ -18,7 +18,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from vaura.errors import InputError
@@ -148,7 +148,7 @@ def _read(path: Path) -> Tensor | None:
 def _write(path: Path, features: Tensor) -> None:
     kept = features.detach().cpu().contiguous()
     with write_aside(path) as aside:
-        save_file({"features": kept}, aside, metadata={"crc32": str(zlib.crc32(_bytes(kept)))})
+        aside.write_bytes(save({"features": kept}, {"crc32": str(zlib.crc32(_bytes(kept)))}))
 
 
 def _bytes(tensor: Tensor) -> memoryview:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from vaura.errors import InputError
@@ -97,9 +97,9 @@ class TinyAVCLIP(nn.Module):
         return still + 2 * (moving - mean) + 4 * (changing - before)
 
     def save(self, path: str | Path) -> None:
-        """Write the weights and the settings they belong to."""
+        """Write the weights and the settings they belong to. InputError where they cannot be written."""
         with write_aside(path) as aside:
-            save_file(self.state_dict(), aside, metadata={"settings": json.dumps(self.settings)})
+            aside.write_bytes(save(self.state_dict(), {"settings": json.dumps(self.settings)}))
 
     def load(self, path: str | Path) -> None:
         """Read what `save` wrote. Raises InputError where the file is missing, broken or of other settings."""

@@ -137,7 +137,7 @@ def generate_rolling(
 ) -> Tensor:
     """Codes (B, K, T) of any length T = spans[-1].stop as one stream: a step sees as many steps back as the first window has.
 
-    What a step looks at of the condition comes from the latest window that has begun. Guidance has its scale of the first step.
+    What a step looks at of the condition comes from the latest window that has begun. Guidance has its first scale throughout.
     """
     guidance = Guidance.of(guidance)
     frames = spans[-1].stop

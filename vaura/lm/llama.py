@@ -301,6 +301,8 @@ class TokenLM(nn.Module):
         begin = start - condition.start
         channel = condition.channel[:, begin : begin + count]
         missing = count - channel.shape[1]
+        if self.after_end is not None and self.training:
+            channel = channel + 0.0 * self.after_end  # processes that train together wait for the gradient of everything
         if missing and self.after_end is not None:
             after = self.after_end.to(channel).expand(channel.shape[0], missing, -1)
             channel = torch.cat([channel, after], dim=1)

@@ -11,6 +11,8 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
+from vaura.errors import InputError
+
 
 class Schedule(Protocol):
     """A learning rate over time."""
@@ -61,6 +63,10 @@ class Cosine:
     total: int | None = None  # steps behind which the rate is final * lr; None: those of the training
     final: float = 0.1  # share of lr at the end
     cycle: float = 1.0  # share of the way down that half a cosine takes; below 1 the rate rises again
+
+    def __post_init__(self) -> None:
+        if not self.cycle > 0:
+            raise InputError(f"task.optimizer.schedule.cycle={self.cycle:g} is no share; give a number above 0")
 
     def rate(self, step: int, lr: float, steps: float) -> float:
         total = steps if self.total is None else self.total

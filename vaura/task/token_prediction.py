@@ -157,6 +157,7 @@ class TokenPrediction(LightningModule):
         if loop == "published":
             pairs = published_windows(duration, stride)
             segments = dict(pairs)
+            how["prompt"] = None if codes is None else codes[:, :, : pairs[-1][0].stop]
             return generate_windows(
                 self.lm,
                 lambda span: self.condition(self._segments(features, segments[span]), None, guidance),

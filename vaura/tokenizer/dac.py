@@ -118,9 +118,11 @@ class DAC(nn.Module):
 
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:
-        """codes (B, K, T), of the first K codebooks -> wav (B, 1, T * hop)."""
+        """codes (B, K, T), of the first K codebooks -> wav (B, 1, T * hop); no codes are no sound."""
         if not 1 <= codes.shape[1] <= self.num_codebooks:
             raise InputError(f"DAC decodes up to {self.num_codebooks} codebooks; the codes given have {codes.shape[1]}")
+        if not codes.numel():
+            return torch.zeros(len(codes), 1, codes.shape[-1] * self.hop_length, device=codes.device)
         if codes.min() < 0 or codes.max() >= self.codebook_size:
             raise InputError(f"DAC decodes codes from 0 to {self.codebook_size - 1}: generate the absent ones first")
         decoder, quantizer = self.codec.decoder, self.codec.quantizer

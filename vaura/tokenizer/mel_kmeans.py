@@ -100,6 +100,8 @@ class MelKMeans(nn.Module):
         self._require_fitted()
         if wav.dim() != 3 or wav.shape[1] != 1:
             raise InputError(f"mel_kmeans encodes mono sound (B, 1, N), not the shape {tuple(wav.shape)}: mix it down first")
+        if not wav.numel():
+            raise InputError(f"mel_kmeans encodes sound, and the shape {tuple(wav.shape)} holds none: leave out what is empty")
         hop, n_fft = self.mel.hop_length, len(self.mel.window)
         seen = convolution(n_fft, hop, padding=(n_fft - hop) // 2).then(convolution(self.stack, self.stack))
         pieces = wav[:, 0].split(self.num_frames(self.piece) * self.hop_length, -1)
@@ -107,10 +109,12 @@ class MelKMeans(nn.Module):
 
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:
-        """codes (B, K, T) -> wav (B, 1, T * hop)."""
+        """codes (B, K, T) -> wav (B, 1, T * hop); no codes are no sound."""
         self._require_fitted()
         if codes.shape[1] != self.num_codebooks:
             raise InputError(f"mel_kmeans decodes {self.num_codebooks} codebooks; the codes given have {codes.shape[1]}")
+        if not codes.numel():
+            return torch.zeros(len(codes), 1, codes.shape[-1] * self.hop_length, device=codes.device)
         if codes.min() < 0 or codes.max() >= self.codebook_size:
             raise InputError(f"mel_kmeans decodes codes from 0 to {self.codebook_size - 1}: generate the absent ones first")
         size = self.num_frames(self.piece)
