@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from vaura.conditioner import HOLD, ChannelConditioner
+from vaura.errors import InputError
 from vaura.timing import cover
 
 DAC = Fraction(44100, 512)
@@ -87,3 +88,32 @@ def test_dropped_rows_see_the_null_alone_and_only_they_do():
     assert features.grad[1].abs().max() == 0
     assert features.grad[[0, 2]].abs().amin((1, 2)).max() > 0
     assert conditioner.null.grad.abs().max() > 0
+
+
+def test_a_repeated_feature_stands_from_the_windows_beginning():
+    """As V-AURA was trained: 7 token frames of DAC each, whatever the rates say, and from the first of a window again."""
+    conditioner = ChannelConditioner(1, 1, 12.5, float(DAC), alignment="repeat")
+    for layer in (conditioner.fc1, conditioner.fc2):
+        torch.nn.init.ones_(layer.weight)
+    assert conditioner.repeat == 7
+    for start, first in ((0, 0), (55, 8), (110, 16)):  # 0, 0.64 and 1.28 s
+        channel = conditioner(numbered(60), 221, start=start).channel[0, :, 0] - FAR
+        assert channel.round().tolist() == [first + t // 7 for t in range(224)]
+    assert ChannelConditioner(1, 1, 12.5, 75.0, alignment="repeat").repeat == 6  # EnCodec
+
+
+@pytest.mark.parametrize("learn_null", [True, False])
+def test_a_null_of_several_rows_goes_round(learn_null):
+    conditioner = ChannelConditioner(3, 2, 12.5, float(DAC), "repeat", null_features=4, learn_null=learn_null)
+    assert ("null" in dict(conditioner.named_parameters())) is learn_null
+    drop = torch.tensor([True, False])
+    features = torch.randn(2, 10, 3)
+    mixed = conditioner(features, 70, drop).channel
+    rows = conditioner.null[torch.arange(10) % 4][None].detach()
+    torch.testing.assert_close(mixed[:1], conditioner(rows, 70).channel)
+    torch.testing.assert_close(mixed[1:], conditioner(features[1:], 70).channel)
+
+
+def test_an_alignment_that_is_none_names_the_nearest():
+    with pytest.raises(InputError, match="Did you mean 'repeat'"):
+        ChannelConditioner(1, 1, 12.5, 75.0, alignment="repeats")

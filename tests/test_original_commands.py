@@ -225,9 +225,8 @@ def test_encodec_by_one_config_group(place, original, monkeypatch, tmp_path):
         "tokenizer=encodec_24khz",
         f"tokenizer.weights={tmp_path}/encodec.th",
         "tokenizer.bandwidth=1.5",
-        "lm.code_dim=null",
     ]
-    assert run([*command, *mine, "task.embed_like_codec=false", "test_at_end=false"]) == 0
+    assert run([*command, *mine, "test_at_end=false"]) == 0
     (folder,) = experiments(place)
     video = next((place / "videos").iterdir())
     assert (

@@ -15,6 +15,8 @@ from vaura import experiment, published
 from vaura.checkpoint import plain, read_checkpoint
 from vaura.errors import InputError
 from vaura.generate import VideoToAudio
+from vaura.lm.llama import TokenLM
+from vaura.tokenizer.dac import DAC
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -173,3 +175,17 @@ def test_a_published_name_is_fetched_where_it_is_not_there(original, monkeypatch
     assert asked[0].endswith("v-aura_public/24-08-01T08-34-26.tar.gz")
     assert published.find_experiment(tmp_path / "other") == tmp_path / "other"
     assert published.find_experiment(original.folder) == original.folder
+
+
+def test_a_new_model_begins_with_the_codecs_own_vectors(original):
+    """The sum of the embeddings of a frame's codes is what the codec decodes from; V-AURA lost the projections."""
+    dac = DAC("44khz", str(original.dac))
+    lm = TokenLM(3, 16, num_layers=0, dim=24, num_heads=1, channels=8, code_dim=8)
+    lm.embed_like(dac.codebooks())
+    codes = torch.randint(0, 16, (2, 3, 11), generator=torch.Generator().manual_seed(0))
+    embedded = sum(embed(codes[:, k]) for k, embed in enumerate(lm.embeddings))
+    torch.testing.assert_close(embedded.transpose(1, 2), dac.codec.quantizer.from_codes(codes))
+    for sizes in ({"code_dim": 4}, {"code_dim": 8, "channels": 4}, {}):
+        other = TokenLM(3, 16, num_layers=0, dim=24, num_heads=1, **{"channels": 8, **sizes})
+        with pytest.raises(InputError, match="embed_like_codec=false"):
+            other.embed_like(dac.codebooks())
