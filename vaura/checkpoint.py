@@ -172,9 +172,9 @@ def tensors_in(path: str | Path, prefixes: Sequence[str] = ("",)) -> dict[str, T
     for prefix in prefixes:
         if found := {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}:
             return found
-    named = " or ".join(f"'{prefix}*'" for prefix in prefixes)
+    named = " or ".join(f"'{prefix}*'" for prefix in prefixes if prefix)
     held = ", ".join(sorted({key.split(".")[0] for key in state})[:5]) or "no tensor"
-    raise InputError(f"{path} holds no weights called {named}; it holds {held}")
+    raise InputError(f"{path} holds no weights{named and f' called {named}'}; it holds {held}")
 
 
 def load_exactly(module: nn.Module, state: Mapping[str, Tensor], where: str) -> None:

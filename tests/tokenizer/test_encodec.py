@@ -197,13 +197,13 @@ def test_files_that_do_not_fit_are_told(package, tmp_path):
     whole = path.read_bytes()
     for name, content in (("cut.th", whole[: len(whole) // 2]), ("text.th", b"<html>not found</html>"), ("empty.th", b"")):
         (tmp_path / name).write_bytes(content)
-        with pytest.raises(InputError, match=f"{name} is damaged"):
+        with pytest.raises(InputError, match=f"{name} cannot be read|{name} is"):
             EnCodec("24khz", 6, str(tmp_path / name))
     torch.save({"weights": Path("code, not tensors")}, tmp_path / "pickle.th")
-    with pytest.raises(InputError, match="more than plain tensors"):
+    with pytest.raises(InputError, match="holds no weights"):
         EnCodec("24khz", 6, str(tmp_path / "pickle.th"))
     torch.save(torch.zeros(2), tmp_path / "tensor.th")
-    with pytest.raises(InputError, match="no named tensors"):
+    with pytest.raises(InputError, match="no state_dict"):
         EnCodec("24khz", 6, str(tmp_path / "tensor.th"))
 
 
@@ -212,15 +212,15 @@ def test_keys_that_do_not_fit_are_named(package, tmp_path):
     key = "decoder.model.0.conv.conv.bias"
     bias = state.pop(key)
     torch.save(state, tmp_path / "w.th")
-    with pytest.raises(InputError, match=f"the key {key} is missing"):
+    with pytest.raises(InputError, match=f"lacks {key}"):
         EnCodec("24khz", 6, str(tmp_path / "w.th"))
     torch.save(state | {key: bias, "alien": bias}, tmp_path / "w.th")
-    with pytest.raises(InputError, match="the key alien is unknown"):
+    with pytest.raises(InputError, match="holds alien, which this model has not"):
         EnCodec("24khz", 6, str(tmp_path / "w.th"))
     torch.save(state | {key: bias[:-1]}, tmp_path / "w.th")
     with pytest.raises(InputError, match=rf"{key} has the shape \({len(bias) - 1},\)"):
         EnCodec("24khz", 6, str(tmp_path / "w.th"))
-    with pytest.raises(InputError, match=r"has the shape|the key"):
+    with pytest.raises(InputError, match=r"has the shape|lacks|holds"):
         EnCodec("48khz", 6, str(package["24khz"][1]))
 
 

@@ -6,7 +6,6 @@ Code and weights are licensed CC-BY-NC 4.0. The package is imported only when th
 from __future__ import annotations
 
 import math
-import pickle
 import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from vaura.checkpoint import load_exactly, tensors_in
 from vaura.errors import InputError
 from vaura.media.pieces import PIECE, Reach, chain, convolution, join, stream, transposed
 from vaura.timing import cover
@@ -221,21 +221,4 @@ def load(codec: nn.Module, path: Path) -> None:
     """Fill the codec from a file of plain tensors. Raises InputError where the file or a key of it does not fit."""
     if not path.is_file():
         raise InputError(f"tokenizer.weights: there is no file {path}; leave it null to fetch the published one")
-    try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, AttributeError) as error:
-        raise InputError(f"tokenizer.weights: {path} is damaged or holds more than plain tensors; fetch it again") from error
-    wanted = codec.state_dict()
-    if not isinstance(found, dict):
-        raise InputError(f"tokenizer.weights: {path} holds no named tensors; give EnCodec's own file")
-    for key in sorted(wanted.keys() | found.keys(), key=str):
-        if key not in found or key not in wanted:
-            where = "is missing from" if key in wanted else "is unknown but stands in"
-            raise InputError(f"tokenizer.weights: the key {key} {where} {path}; give the file of this very model")
-        shape = tuple(getattr(found[key], "shape", ()))
-        if shape != tuple(wanted[key].shape):
-            raise InputError(
-                f"tokenizer.weights: {key} has the shape {shape} in {path}, not {tuple(wanted[key].shape)}; "
-                "give the file of this very model"
-            )
-    codec.load_state_dict(found)
+    load_exactly(codec, tensors_in(path), f"tokenizer.weights: {path}")
