@@ -198,7 +198,7 @@ def test_load_takes_other_weights_of_another_size(tmp_path, file):
 
 
 def test_a_full_disk_is_told(tmp_path, file, full_disk):
-    with pytest.raises(InputError, match=r"cannot write .*tower\.safetensors: .*make room"):
+    with full_disk(), pytest.raises(InputError, match=r"cannot write .*tower\.safetensors: .*make room"):
         make(file).save(tmp_path / "tower.safetensors")
     assert not list(tmp_path.glob("*tower*"))
 

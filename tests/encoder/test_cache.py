@@ -178,7 +178,7 @@ def test_what_fails_leaves_nothing(cache, clip):
 
 
 def test_a_full_disk_is_told(cache, clip, full_disk):
-    with pytest.raises(InputError, match=r"cannot write .*\.safetensors: .*make room"):
+    with full_disk(), pytest.raises(InputError, match=r"cannot write .*\.safetensors: .*make room"):
         cache.features(encoder(), clip, lambda: FEATURES)
     assert files(cache) == []
 

@@ -101,7 +101,7 @@ def test_what_save_wrote_load_reads(tmp_path):
 
 
 def test_a_full_disk_is_told(tmp_path, full_disk):
-    with pytest.raises(InputError, match=r"cannot write .*encoder\.safetensors: .*make room"):
+    with full_disk(), pytest.raises(InputError, match=r"cannot write .*encoder\.safetensors: .*make room"):
         make().save(tmp_path / "encoder.safetensors")
     assert list(tmp_path.iterdir()) == []
 
