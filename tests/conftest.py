@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import signal
 import sys
 import types
 from collections.abc import Callable, Iterator
@@ -29,6 +30,13 @@ TINY = """
     trainer.max_steps=12 trainer.val_check_interval=6 trainer.accelerator=cpu
     data.duration=0.64 data.batch_size=2 data.workers=0 logging.preview_clips=0
 """
+
+
+@pytest.fixture(scope="session", autouse=True)
+def ctrl_c() -> None:
+    """A shell's background job ignores Ctrl-C, and so would all that the tests start."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 class Tiny(NamedTuple):

@@ -120,7 +120,7 @@ SCHEMAS: dict[str, type] = {
 }
 ACTIONS: dict[type, tuple[str, ...]] = {
     TrainRun: ("train", "test"),
-    QuickstartRun: ("quickstart",),
+    QuickstartRun: ("quickstart", "train", "test"),
     GenerateRun: ("generate",),
     EvaluateRun: ("evaluate",),
 }
