@@ -640,3 +640,8 @@ def test_much_that_failed_is_told_in_short_and_written_down(tmp_path):
     told = vaura.generate.tell(sentences, path)
     assert told.endswith(f"video 9 is broken; and 20 more, all of them in {path}")
     assert path.read_text().splitlines() == sentences
+
+
+def test_the_published_loop_is_for_encoders_of_its_segments(tiny, tmp_path, capsys):
+    assert command(tiny, tiny.videos[0], "loop=published", "window=0.64", f"out={tmp_path}/out") == 2
+    assert "which this encoder has not; set loop=windows" in capsys.readouterr().err

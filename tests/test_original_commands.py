@@ -153,7 +153,9 @@ def test_generation_for_vas(place, original):
     command = [
         "config=configs/generate_vas.yaml",
         f"experiment_path={original.folder}",
+        f"overridden_hparams.feature_extractor_config.params.ckpt_path={original.avclip}",
         "duration=1.92",
+        f"dataloader.data_dir={MEDIA}/specvqgan/vas/videos",
         "out=out",
         "device=cpu",
     ]

@@ -22,7 +22,7 @@ from vaura.components import check_components, instantiate
 from vaura.config import load_config, merge, save_config
 from vaura.errors import InputError, nearest
 from vaura.files import make_folder
-from vaura.published import find_experiment, is_published, read_published, rename
+from vaura.published import find_experiment, is_published, is_theirs, read_published, rename
 from vaura.task.token_prediction import TokenPrediction
 
 CONFIG, TOKENIZER, ENCODER = "config.yaml", "tokenizer.safetensors", "encoder.safetensors"
@@ -129,16 +129,15 @@ def _without_nulls(changes: Any) -> Any:
 def read_weights(path: Path) -> dict[str, Any]:
     """The content of a checkpoint with its tensors by the house's names, be it one of the house or of V-AURA's own."""
     content = read_checkpoint(path)
-    tensors = content.get("state_dict")
-    if isinstance(tensors, dict) and any(str(key).startswith("sampler.") for key in tensors):
-        content["state_dict"], _, _ = rename(tensors)
+    if is_theirs(content):
+        content["state_dict"], _, _ = rename(content["state_dict"])
     return content
 
 
 def check_resumable(path: Path, module: nn.Module) -> None:
     """Raise InputError where training of `module` cannot go on from the checkpoint at `path`."""
     state = read_checkpoint(path)
-    if any(str(key).startswith("sampler.") for key in state.get("state_dict") or ()):
+    if is_theirs(state):
         raise InputError(f"{path} is of V-AURA's own training, which cannot go on here; it can be tested and generated with")
     check_model(state, module, path)
     if not {"loops", "optimizer_states", "lr_schedulers"} <= set(state):

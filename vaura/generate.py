@@ -291,8 +291,7 @@ def generate(config: DictConfig) -> Path:
     clips, failed = find_clips(config.video, config.start, config.duration, config.data)
     work = batches(clips, config.samples_per_video, config.batch_size)
     if not work:
-        reasons = "; ".join([*failed[:TOLD], *([f"and {len(failed) - TOLD} more"] if len(failed) > TOLD else [])])
-        raise InputError(reasons or f"{config.video or 'data'} names no clip; add one")
+        raise InputError(tell(failed) or f"{config.video or 'data'} names no clip; add one")
     below = experiment.find_experiment(config.experiment_path) / config.out_path
     out = make_folder(config.out) if config.out else new_folder(below)
 
@@ -318,12 +317,14 @@ def generate(config: DictConfig) -> Path:
     return out
 
 
-def tell(failed: Sequence[str], path: Path) -> str:
-    """What failed, in one sentence; where that is much, the rest is written to `path`."""
+def tell(failed: Sequence[str], path: Path | None = None) -> str:
+    """What failed, in one sentence; where that is much, its beginning, and all of it in a file at `path`."""
     if len(failed) <= TOLD:
         return "; ".join(failed)
-    write_lines(path, failed)
-    return "; ".join(failed[:TOLD]) + f"; and {len(failed) - TOLD} more, all of them in {path}"
+    if path is not None:
+        write_lines(path, failed)
+    where = f", all of them in {path}" if path else ""
+    return "; ".join(failed[:TOLD]) + f"; and {len(failed) - TOLD} more{where}"
 
 
 @dataclass(frozen=True)

@@ -119,6 +119,11 @@ def read_settings(folder: Path, content: Mapping[str, Any], checkpoint: Path) ->
     )
 
 
+def is_theirs(content: Mapping[str, Any]) -> bool:
+    """Whether the tensors of a checkpoint bear V-AURA's names."""
+    return any(str(key).startswith("sampler.") for key in content.get("state_dict") or ())
+
+
 def rename(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str], dict[str, str]]:
     """Tensors by the house's names, with an account: which keys are used, and which are not."""
     state, used, dropped = dict[str, Tensor](), dict[str, str](), dict[str, str]()
@@ -157,12 +162,12 @@ def translate_settings(
     null = tensors.get("sampler.cls_embeddings.uncond_embedding")
     conditioner = {
         "alignment": "repeat",
-        "repeat": 7 if _is_dac(codec) else None,  # fixed for DAC, whatever its rate
+        "repeat": 7,  # fixed for DAC, whatever its rate
         "null_features": 1 if null is None else null.shape[0],
         "learn_null": False,
     }
     tower = any(key.startswith(f"{ENCODER}blocks.") for key in tensors)
-    if not _is_dac(codec):
+    if "dac" not in str(codec.get("target")).lower():
         raise InputError(
             f"{checkpoint} speaks in tokens of {codec.get('target')}, which this reader does not know; it knows DAC"
         )
@@ -184,10 +189,6 @@ def translate_settings(
     merged = OmegaConf.merge(config, changes)
     assert isinstance(merged, DictConfig)
     return merged
-
-
-def _is_dac(codec: Mapping[str, Any]) -> bool:
-    return "dac" in str(codec.get("target")).lower()
 
 
 def _wanted(settings: Mapping[str, Any], key: str) -> Any:

@@ -16,7 +16,7 @@ from vaura.lm.llama import TokenLM
 from vaura.lm.sampling import Guidance, Sampler
 from vaura.protocols import ABSENT, Condition, Conditioner, Encoder, Tokenizer
 from vaura.task.optimizer import Optimizer
-from vaura.timing import Window, count, floor, published_windows, windows
+from vaura.timing import PUBLISHED_FPS, PUBLISHED_SEGMENT, Window, count, floor, published_windows, windows
 
 LOOPS = ("windows", "rolling", "published")
 """Ways to go on beyond a window, see `TokenPrediction.sample`."""
@@ -180,7 +180,12 @@ class TokenPrediction(LightningModule):
         return self.conditioner(torch.cat([features, features]), frames, null, span.start)
 
     def _segments(self, features: Tensor, wanted: range) -> Tensor:
-        """The features of some segments, counted round and round as the published windows do."""
+        """The features of some segments, counted round and round as the published windows do.
+
+        Raises InputError where the encoder knows no such segments, or the picture holds none.
+        """
+        if (self.encoder.fps, self.encoder.segment) != (PUBLISHED_FPS, PUBLISHED_SEGMENT):
+            raise InputError("loop=published counts in segments of 0.64 s, which this encoder has not; set loop=windows")
         size = count(self.encoder.segment / self.encoder.fps, self.encoder.frame_rate)
         segments = features.unfold(1, size, size).transpose(2, 3)
         if not wanted or not segments.shape[1]:
