@@ -55,6 +55,11 @@ def write_lines(path: str | Path, lines: Sequence[str]) -> None:
         aside.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
+def cache_folder(what: str) -> Path:
+    """Where the house keeps `what` between runs: $VAURA_CACHE/WHAT, or ~/.cache/vaura/WHAT."""
+    return Path(os.environ.get("VAURA_CACHE") or "~/.cache/vaura").expanduser() / what
+
+
 def make_folder(folder: str | Path) -> Path:
     """Make `folder` with its parents and check that it can be written."""
     folder = Path(folder)

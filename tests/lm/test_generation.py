@@ -2,8 +2,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from vaura.lm.generation import generate, generate_rolling, generate_slow, generate_windows
+from vaura.lm.engine import NativeEngine, TorchEngine
+from vaura.lm.generation import (
+    generate,
+    generate_rolling,
+    generate_slow,
+    generate_windows,
+    stream_rolling,
+    stream_windows,
+)
 from vaura.lm.llama import TokenLM
+from vaura.lm.native import NoLibrary, library
 from vaura.lm.sampling import Guidance, Sampler, draw_uniform
 from vaura.protocols import ABSENT, Condition
 from vaura.timing import Window, windows
@@ -18,6 +27,17 @@ def make(pattern: str = "delay") -> TokenLM:
     for parameter in lm.parameters():
         torch.nn.init.normal_(parameter, mean=1.0 if parameter.ndim == 1 else 0.0, std=0.5)
     return lm.eval()
+
+
+def native(lm: TokenLM) -> NativeEngine:
+    try:
+        library()
+    except NoLibrary as reason:
+        pytest.skip(f"no CPU kernel: {reason}")
+    return NativeEngine(lm)
+
+
+ENGINES = pytest.mark.parametrize("engine", [TorchEngine, native], ids=["torch", "native"])
 
 
 def condition_of(rows: int, frames: int = T) -> Condition:
@@ -47,11 +67,12 @@ def prompt_of(batch: int, frames: int) -> Tensor:
 @pytest.mark.parametrize("prompted", [0, 4, T - 1, T])
 @pytest.mark.parametrize("sampler", [SAMPLED, GREEDY], ids=["sampled", "greedy"])
 @pytest.mark.parametrize("batch", [1, 3])
-def test_the_fast_loop_gives_the_tokens_of_the_slow_one(pattern, guidance, prompted, sampler, batch):
+@ENGINES
+def test_the_fast_loop_gives_the_tokens_of_the_slow_one(engine, pattern, guidance, prompted, sampler, batch):
     lm, condition = make(pattern), condition_of(batch if guidance == 1.0 else 2 * batch)
     prompt = prompt_of(batch, prompted) if prompted else None
     how = {"seeds": list(range(batch)), "sampler": sampler, "guidance": guidance, "prompt": prompt}
-    codes = generate(lm, condition, T, **how)
+    codes = generate(engine(lm), condition, T, **how)
     assert torch.equal(codes, generate_slow(lm, condition, T, **how))
     assert codes.shape == (batch, K, T)
     assert 0 <= codes.min() <= codes.max() < V
@@ -222,14 +243,15 @@ def slow_stream(lm: TokenLM, condition: Condition, frames: int, reach: int, seed
 
 @pytest.mark.parametrize("pattern", ["delay", "parallel"])
 @pytest.mark.parametrize(("guidance", "prompted"), [(1.0, 0), (3.0, 0), (1.0, 3), (1.0, 17), (3.0, 9)])
+@ENGINES
 @torch.no_grad()
-def test_a_stream_through_a_cache_that_forgets_is_attention_of_that_reach(pattern, guidance, prompted):
+def test_a_stream_through_a_cache_that_forgets_is_attention_of_that_reach(engine, pattern, guidance, prompted):
     lm, frames, window = make(pattern), 40, 6
     condition = condition_of(2 if guidance == 1.0 else 4, frames)
     prompt = prompt_of(2, prompted) if prompted else None
     spans = windows(frames, 1, window, 4)
     how = {"seeds": [1, 2], "sampler": SAMPLED, "guidance": guidance, "prompt": prompt}
-    codes = generate_rolling(lm, lambda span: part(condition, span), spans, **how)
+    codes = generate_rolling(engine(lm), lambda span: part(condition, span), spans, **how)
     assert torch.equal(codes, slow_stream(lm, condition, frames, lm.num_steps(window), [1, 2], guidance, prompt))
 
 
@@ -252,3 +274,60 @@ def test_a_course_of_guidance_has_its_scale_at_every_step():
     logits = lm(codes, null) + scale * (lm(codes, given) - lm(codes, null))
     assert torch.equal(codes, logits.argmax(-1))
     assert [course.at(done) for done in (0.0, 0.5, 1.0)] == [4.0, 2.75, 1.5]
+
+
+@pytest.mark.parametrize("guidance", [1.0, Guidance(3.0, end=1.5)], ids=["plain", "guided"])
+@pytest.mark.parametrize("prompted", [0, 2])
+@pytest.mark.parametrize("loop", [generate_windows, generate_rolling])
+@ENGINES
+def test_clips_of_different_lengths_have_the_codes_they_have_alone(engine, loop, prompted, guidance):
+    if loop is generate_rolling and guidance != 1.0:
+        guidance = Guidance(3.0)
+    lm, lengths, seeds = make(), [5, 19, 12, 12, 3], [1, 2, 3, 4, 5]
+    channel = torch.randn(len(lengths), max(lengths), C)
+    prompt = prompt_of(len(lengths), prompted) if prompted else None
+    both = 2 if Guidance.of(guidance).on else 1
+
+    def seen(rows: list[int], span: Window) -> Condition:
+        ends = torch.tensor([lengths[b] - span.start for b in rows]).clamp(min=0)
+        given = channel[rows, span.start : span.stop]
+        start = span.start if loop is generate_rolling else 0
+        return Condition(torch.cat([given, 0 * given][:both]), start, ends.repeat(both))
+
+    def codes(rows: list[int]) -> Tensor:
+        frames = [lengths[b] for b in rows]
+        return loop(
+            engine(lm),
+            lambda span: seen(rows, span),
+            windows(max(frames), 1, 8, 5),
+            seeds=[seeds[b] for b in rows],
+            sampler=SAMPLED,
+            guidance=guidance,
+            prompt=None if prompt is None else prompt[rows],
+            lengths=frames,
+        )
+
+    together = codes([0, 1, 2, 3, 4])
+    for b, length in enumerate(lengths):
+        assert torch.equal(together[b : b + 1, :, :length], codes([b]))
+        assert (together[b, :, length:] == ABSENT).all()
+
+
+@pytest.mark.parametrize("loop", [stream_windows, stream_rolling])
+def test_codes_come_before_the_later_condition_is_asked_for(loop):
+    lm, frames, asked = make(), 300, []
+    condition = condition_of(1, frames)
+
+    def seen(span: Window) -> Condition:
+        asked.append(span.stop)
+        return part(condition, span) if loop is stream_rolling else Condition(part(condition, span).channel)
+
+    pieces, given = [], 0
+    for piece in loop(lm, seen, windows(frames, 1, 40, 20), seeds=[0], sampler=SAMPLED):
+        pieces.append(piece)
+        given += piece.shape[2]
+        assert asked[-1] <= given + 40 + K
+    whole = generate_windows if loop is stream_windows else generate_rolling
+    assert torch.equal(torch.cat(pieces, dim=2), whole(lm, seen, windows(frames, 1, 40, 20), seeds=[0], sampler=SAMPLED))
+    assert given == frames
+    assert len(pieces) > 3

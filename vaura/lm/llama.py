@@ -19,58 +19,67 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from vaura.errors import InputError
 from vaura.lm.pattern import delay, delays_of, undelay
 from vaura.protocols import ABSENT, Codebook, Condition
 
 
+WRITTEN_OUT = 512
+"""Steps up to which training on a CPU writes out the scores of attention; beyond, they would take too much memory."""
+
+
 @dataclass
 class KVCache:
-    """Keys and values of the steps so far, one pair (B, H, max_steps, D/H) a layer.
+    """Keys and values of the steps so far, a pair (B, H, slots, D/H) a layer, of fixed shape: nothing grows with the sound.
 
-    With a `reach`, step 0 (which reads nothing, and on which attention leans) and at least the last `reach` steps are kept;
-    `dropped` counts the steps after step 0 that are gone.
+    Without a `reach` every step has its slot. With one, step 0 (which reads nothing, and on which attention leans) has the
+    first slot, and the last `reach` steps go round in the others.
     """
 
     keys: list[Tensor]
     values: list[Tensor]
     reach: int | None = None
-    dropped: int = 0
 
     @property
-    def max_steps(self) -> int:
+    def slots(self) -> int:
         return self.keys[0].shape[2]
 
-    def make_room(self, start: int, count: int) -> None:
-        """Forget what steps [start, start + count) do not reach, where there is no room for them otherwise."""
-        if self.reach is None or start - self.dropped + count <= self.max_steps:
-            return
-        kept = self.reach - 1
-        first = start - kept - self.dropped  # the slot of the oldest step in reach
-        for held in (*self.keys, *self.values):
-            held[:, :, 1 : 1 + kept] = held[:, :, first : first + kept].clone()
-        self.dropped = start - kept - 1
+    def first(self, rows: int) -> KVCache:
+        """A view of the first rows."""
+        return KVCache([held[:rows] for held in self.keys], [held[:rows] for held in self.values], self.reach)
 
-    def update(self, layer: int, start: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Write k, v (B, H, S, D/H) of steps [start, start + S); return all keys and values up to there that are kept."""
-        begin = start - self.dropped
-        stop = begin + k.shape[2]
-        self.keys[layer][:, :, begin:stop] = k
-        self.values[layer][:, :, begin:stop] = v
-        return self.keys[layer][:, :, :stop], self.values[layer][:, :, :stop]
+    def slot_of(self, position: Tensor) -> Tensor:
+        """Where the steps at `position` (S,) are kept."""
+        if self.reach is None:
+            return position
+        return torch.where(position < self.slots, position, 1 + (position - 1) % max(self.slots - 1, 1))
+
+    def seen_from(self, position: Tensor) -> Tensor:
+        """Which slots the steps at `position` (S,) look at: (S, slots).
+
+        A step that goes round looks at all. Several steps at once must therefore fit into the slots, see `check_room`.
+        """
+        return torch.arange(self.slots, device=position.device) <= position.unsqueeze(1)
+
+    def check_room(self, start: int, count: int) -> None:
+        """Raise ValueError where steps [start, start + count) cannot be read at once."""
+        if start + count > self.slots and (self.reach is None or count > 1):
+            raise ValueError(f"steps {start} to {start + count} do not fit into a cache of {self.slots} slots at once")
+
+    def update(self, layer: int, slot: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Write k, v (B, H, S, D/H) into slots (S,); return all keys and values."""
+        self.keys[layer].index_copy_(2, slot, k)
+        self.values[layer].index_copy_(2, slot, v)
+        return self.keys[layer], self.values[layer]
 
 
-def attention_mask(start: int, count: int, reach: int | None, dropped: int, device: torch.device) -> Tensor | None:
-    """Which kept steps (columns) the steps [start, start + count) look at; None where plain causal attention says the same."""
-    if reach is None and (start == 0 or count == 1):
-        return None
-    step = torch.arange(start, start + count, device=device).unsqueeze(1)
-    kept = torch.arange(dropped, start + count, device=device)
-    seen = kept <= step
-    if reach is not None:
-        seen &= kept > step - reach
-        seen[:, 0] = True
+def within_reach(count: int, reach: int, device: torch.device) -> Tensor:
+    """Which of `count` steps from the first each of them looks at: (S, S)."""
+    step = torch.arange(count, device=device)
+    seen = (step <= step.unsqueeze(1)) & (step > step.unsqueeze(1) - reach)
+    seen[:, 0] = True
     return seen
 
 
@@ -87,11 +96,11 @@ class RMSNorm(nn.Module):
         return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).type_as(x) * self.weight
 
 
-def rotary_table(start: int, steps: int, head_dim: int, base: float, device: torch.device) -> Tensor:
-    """Rotations of the positions [start, start + steps): (S, D/H/2, 2) cosines and sines."""
-    frequency = base ** (-torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim)
+def rotary_table(position: Tensor, head_dim: int, base: float) -> Tensor:
+    """Rotations at `position` (S,): (S, D/H/2, 2) cosines and sines."""
+    frequency = base ** (-torch.arange(0, head_dim, 2, device=position.device, dtype=torch.float32) / head_dim)
     # in double precision: after an hour a float32 angle is off by more than the turn of a slow pair from one step to the next
-    angle = torch.outer(torch.arange(start, start + steps, device=device, dtype=torch.float64), frequency.double())
+    angle = torch.outer(position.double(), frequency.double())
     return torch.stack([angle.cos(), angle.sin()], dim=-1).float()
 
 
@@ -102,6 +111,19 @@ def rotate(x: Tensor, table: Tensor) -> Tensor:
     return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).type_as(x)
 
 
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
+    """Softmax attention of q, k, v (B, H, S, D/H), among what `mask` (S, S) or, without one, `causal` lets be seen."""
+    if q.requires_grad and q.device.type == "cpu" and k.shape[2] <= WRITTEN_OUT:
+        # torch's fused attention takes twice as long backward on a CPU as these lines
+        scores = (q @ k.transpose(-1, -2)).float() * q.shape[-1] ** -0.5
+        if mask is None and causal:
+            mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
+        if mask is not None:
+            scores = scores.masked_fill(~mask, -torch.inf)
+        return scores.softmax(-1).type_as(v) @ v
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
+
+
 class Attention(nn.Module):
     def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()
@@ -109,12 +131,12 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim, bias=False)
         self.out = nn.Linear(dim, dim, bias=False)
 
-    def forward(self, x: Tensor, table: Tensor, mask: Tensor | None, cache: KVCache | None, layer: int, start: int) -> Tensor:
+    def forward(self, x: Tensor, table: Tensor, mask: Tensor | None, cache: KVCache | None, layer: int, slot: Tensor) -> Tensor:
         q, k, v = rearrange(self.qkv(x), "b s (n h d) -> n b h s d", n=3, h=self.num_heads)
         q, k = rotate(q, table), rotate(k, table)
         if cache is not None:
-            k, v = cache.update(layer, start, k, v)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and x.shape[1] > 1)
+            k, v = cache.update(layer, slot, k, v)
+        y = attend(q, k, v, mask, causal=mask is None and x.shape[1] > 1)
         return self.out(rearrange(y, "b h s d -> b s (h d)"))
 
 
@@ -139,9 +161,14 @@ class Block(nn.Module):
         self.ffn = SwiGLU(dim, ffn_multiple)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, table: Tensor, mask: Tensor | None, cache: KVCache | None, layer: int, start: int) -> Tensor:
-        x = x + self.dropout(self.attention(self.attention_norm(x), table, mask, cache, layer, start))
+    def forward(self, x: Tensor, table: Tensor, mask: Tensor | None, cache: KVCache | None, layer: int, slot: Tensor) -> Tensor:
+        x = x + self.dropout(self.attention(self.attention_norm(x), table, mask, cache, layer, slot))
         return x + self.dropout(self.ffn(self.ffn_norm(x)))
+
+
+def cross_entropy(head: nn.Module, x: Tensor, codes: Tensor) -> Tensor:
+    """The sum of the losses of `codes` (B, T), of which ABSENT ones count nothing, as `head` reads x (B, T, D); in nats."""
+    return F.cross_entropy(head(x).float().flatten(0, 1), codes.flatten(), ignore_index=ABSENT, reduction="sum")
 
 
 class FactorisedEmbedding(nn.Module):
@@ -207,6 +234,8 @@ class TokenLM(nn.Module):
         self.blocks = nn.ModuleList(Block(dim, num_heads, ffn_multiple, norm_eps, dropout) for _ in range(num_layers))
         self.norm = RMSNorm(dim, norm_eps)
         self.heads = nn.ModuleList(nn.Linear(dim, codebook_size, bias=False) for _ in range(num_codebooks))
+        self.checkpoint_every = 0  # the first of so many blocks is computed again in the backward pass; 0: none
+        self._cross_entropy = cross_entropy
         self.apply(self._initialise)
         if self.after_end is not None:
             nn.init.normal_(self.after_end, std=0.02)
@@ -237,6 +266,26 @@ class TokenLM(nn.Module):
             embedding.direction.copy_(codebook.direction)
             embedding.bias.copy_(codebook.bias)
 
+    def compile_blocks(self) -> None:
+        """Compile where training spends its time: a block, once for all of them, and the loss of a codebook.
+
+        Names and values of the parameters stay. What does not learn runs uncompiled: lengths vary there.
+        """
+        for block in self.blocks:
+            block.compile(dynamic=False)
+        self._cross_entropy = torch.compile(cross_entropy, dynamic=False)
+
+    def training_flops(self, frames: int) -> int:
+        """Floating-point operations that learning from a clip of `frames` takes, forward and backward: (6 N + 12 L D S) S.
+
+        N counts the weights of matrix products (embeddings are looked up), S the steps. As is customary, the half of attention
+        that lies in the future is counted, and what is computed again to save memory is not.
+        (Chowdhery et al. 2022, "PaLM", appendix B.)
+        """
+        steps = self.num_steps(frames)
+        weights = sum(p.numel() for part in (self.blocks, self.heads) for p in part.parameters() if p.ndim == 2)
+        return (6 * weights + 12 * len(self.blocks) * self.dim * steps) * steps
+
     def num_steps(self, frames: int) -> int:
         """Steps that predict `frames` token frames."""
         return frames + max(self.delays)
@@ -244,24 +293,33 @@ class TokenLM(nn.Module):
     def new_cache(self, batch_size: int, max_steps: int, reach: int | None = None) -> KVCache:
         """An empty cache on the model's device, in its number format; with `reach` it forgets what lies further back."""
         weight = self.norm.weight
-        shape = (batch_size, self.num_heads, max_steps, self.dim // self.num_heads)
+        slots = max_steps if reach is None else min(max_steps, 1 + reach)
+        shape = (batch_size, self.num_heads, slots, self.dim // self.num_heads)
         keys, values = ([weight.new_zeros(shape) for _ in self.blocks] for _ in range(2))
         return KVCache(keys, values, reach)
 
     def forward(self, codes: Tensor, condition: Condition) -> Tensor:
         """codes (B, K, T), ABSENT where nothing is known -> logits (B, K, T, V): [..., t, :] predicts codes[..., t]."""
-        steps = F.pad(delay(codes, self.delays, ABSENT), (1, -1), value=ABSENT)
-        return undelay(self.step(steps, condition), self.delays)
+        return undelay(self.step(self._read(codes), condition), self.delays)
 
     def loss(self, codes: Tensor, condition: Condition, given: Tensor | None = None) -> Tensor:
         """Mean cross-entropy of every codebook (K,), in nats. ABSENT codes are not scored.
 
         `given` (B, K, T) is what the LM may read in place of `codes`: training hides parts of it.
         """
-        logits = self(codes if given is None else given, condition)
-        scored = codes != ABSENT
-        losses = F.cross_entropy(logits.float().flatten(0, 2), codes.flatten(), ignore_index=ABSENT, reduction="none")
-        return losses.view_as(codes).sum((0, 2)) / scored.sum((0, 2)).clamp(min=1)
+        steps = self._read(codes if given is None else given)
+        x = self.embed(steps, self.channel_at(condition, 0, steps.shape[2]))
+        x = self._blocks(x, torch.arange(steps.shape[2], device=x.device))
+        frames = codes.shape[2]
+        losses = [  # one codebook after the other, where its codes stand: the logits of all need never be there at once
+            self._cross_entropy(head, x[:, begin : begin + frames], codes[:, k])
+            for k, (head, begin) in enumerate(zip(self.heads, self.delays, strict=True))
+        ]
+        return torch.stack(losses) / (codes != ABSENT).sum((0, 2)).clamp(min=1)
+
+    def _read(self, codes: Tensor) -> Tensor:
+        """What the steps that predict `codes` (B, K, T) read: (B, K, S)."""
+        return F.pad(delay(codes, self.delays, ABSENT), (1, -1), value=ABSENT)
 
     def step(
         self,
@@ -274,28 +332,48 @@ class TokenLM(nn.Module):
         """Steps (B, K, S) at positions [start, start + S) -> logits (B, K, S, V) of what each position is to hold next.
 
         Position 0 reads nothing (all ABSENT); position s reads what step s - 1 of the pattern holds. `reach` limits attention
-        to that many steps and step 0; a cache brings its own.
+        to that many steps and step 0; a cache brings its own. Without a cache a `start` says where the condition is looked at.
         """
-        count, dropped = steps.shape[2], 0
-        if cache is not None:
-            cache.make_room(start, count)
-            reach, dropped = cache.reach, cache.dropped
-        x = self._embed(steps, condition, start)
-        table = rotary_table(start, count, self.dim // self.num_heads, self.rope_base, x.device)
-        mask = attention_mask(start, count, reach, dropped, x.device)
-        for layer, block in enumerate(self.blocks):
-            x = block(x, table, mask, cache, layer, start)
-        x = self.norm(x)
+        count = steps.shape[2]
+        if cache is not None and cache.keys:
+            cache.check_room(start, count)
+        x = self.embed(steps, self.channel_at(condition, start, count))
+        return self.predict(x, torch.arange(start, start + count, device=x.device), cache, reach)
+
+    def predict(self, x: Tensor, position: Tensor, cache: KVCache | None = None, reach: int | None = None) -> Tensor:
+        """What was embedded, (B, S, D), at `position` (S,) -> logits (B, K, S, V), all on the device."""
+        x = self._blocks(x, position, cache, reach)
         return torch.stack([head(x) for head in self.heads], dim=1)
 
-    def _embed(self, steps: Tensor, condition: Condition, start: int) -> Tensor:
+    def _blocks(self, x: Tensor, position: Tensor, cache: KVCache | None = None, reach: int | None = None) -> Tensor:
+        """As `predict`, up to the vectors (B, S, D) that the heads read."""
+        mask, slot = None, position
+        if cache is not None and cache.keys:
+            mask, slot = cache.seen_from(position), cache.slot_of(position)
+        elif reach is not None:
+            mask = within_reach(len(position), reach, position.device)
+        table = rotary_table(position, self.dim // self.num_heads, self.rope_base)
+        learning = self.training and cache is None and torch.is_grad_enabled()
+        for layer, block in enumerate(self.blocks):
+            run = block if learning else block.forward  # the latter passes by what training has wrapped around a block
+            if learning and self.checkpoint_every and layer % self.checkpoint_every == 0:
+                x = checkpoint(run, x, table, mask, cache, layer, slot, use_reentrant=False)
+            else:
+                x = run(x, table, mask, cache, layer, slot)
+        return self.norm(x)
+
+    def embed(self, steps: Tensor, channel: Tensor | None) -> Tensor:
+        """Steps (B, K, S) beside their channel condition (B, S, C) -> (B, S, D)."""
         ids = torch.where(steps == ABSENT, self.special, steps)
         x = torch.stack([embed(ids[:, k]) for k, embed in enumerate(self.embeddings)]).sum(0)
-        if self.channels:
-            x = torch.cat([self._channel(condition, start, steps.shape[2]).to(x.dtype), x], dim=-1)
+        if channel is not None:
+            x = torch.cat([channel.to(x.dtype), x], dim=-1)
         return self.dropout(x)
 
-    def _channel(self, condition: Condition, start: int, count: int) -> Tensor:
+    def channel_at(self, condition: Condition, start: int, count: int) -> Tensor | None:
+        """The channel condition (B, S, C) of positions [start, start + S); None where this LM reads none."""
+        if not self.channels:
+            return None
         if condition.channel is None:
             raise ValueError(f"this LM reads a channel condition of width {self.channels} and was given none")
         begin = start - condition.start
@@ -306,4 +384,7 @@ class TokenLM(nn.Module):
         if missing and self.after_end is not None:
             after = self.after_end.to(channel).expand(channel.shape[0], missing, -1)
             channel = torch.cat([channel, after], dim=1)
+        if condition.ends is not None and self.after_end is not None:
+            past = torch.arange(begin, begin + count, device=channel.device) >= condition.ends.unsqueeze(1)
+            channel = torch.where(past.unsqueeze(2), self.after_end.to(channel), channel)
         return channel

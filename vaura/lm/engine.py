@@ -1,0 +1,306 @@
+"""What runs a token LM step by step: PyTorch on any device, or a CPU kernel that reads every weight once a step.
+
+    engine = engine_for(lm, precision="auto")   # weights made ready once
+    stream = engine.open(rows, max_steps)       # rows that are read together, each with keys and values of its own
+    logits = stream.read(tokens, channel)       # of what comes after them; the stream moves on
+
+On CUDA a whole step, drawing included, is captured as a graph once and then replayed: see `Engine.repeated`. Every shape is
+fixed beforehand and the position lies on the device, so nothing is compiled or captured anew as the sound grows.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vaura.errors import InputError, nearest
+from vaura.lm.llama import FactorisedEmbedding, TokenLM, rotary_table
+from vaura.lm.native import DTYPES, NativeCache, NoLibrary, Packed, quantise
+from vaura.protocols import ABSENT
+
+PRECISIONS = ("auto", *DTYPES)
+"""Number formats of the weights, and of what is multiplied with them. int8 is that of the weights alone."""
+
+ENGINES = ("auto", "native", "torch")
+
+AT_ONCE = 512
+"""Positions, over all rows, that a prompt is read in at once: more would only take more memory."""
+
+TABLE = 1024
+"""Positions whose rotations are made beforehand."""
+
+
+class Stream(Protocol):
+    """Rows of one LM, read in step."""
+
+    at: Tensor  # (1,) int64: the position that is read next
+
+    def read(self, tokens: Tensor, channel: Tensor | None, every: bool = False) -> Tensor:
+        """Read n positions of the first R rows; logits (R, K, V) float32 of what comes after the last of them.
+
+        Args:
+            tokens: what the positions read, (R, K, n), ABSENT where that is nothing.
+            channel: their channel condition (R, n, C).
+            every: give the logits after each of them, (R, n, K, V).
+        """
+        ...
+
+    def restart(self) -> None:
+        """Go back to position 0; what was read is forgotten."""
+        ...
+
+
+class Engine(Protocol):
+    """A token LM made ready to run."""
+
+    lm: TokenLM
+    name: str
+    device: torch.device
+
+    def open(self, rows: int, max_steps: int, reach: int | None = None) -> Stream:
+        """A stream of `rows` rows and at most `max_steps` positions; with a `reach` it forgets and goes on for ever."""
+        ...
+
+    def repeated(self, step: Callable[[], None]) -> Callable[[], None]:
+        """`step`, which works on tensors that stay where they are, made quick to call many times."""
+        ...
+
+
+def engine_for(lm: TokenLM, precision: str = "auto", engine: str = "auto", compiled: bool = False) -> Engine:
+    """`lm` made ready to generate on its device.
+
+    Args:
+        precision: float32, bfloat16, int8 (weights alone), or auto: bfloat16 where the machine multiplies it fast.
+        engine: native (CPU, needs a C++ compiler once), torch, or auto: native where it can be.
+        compiled: let torch.compile fuse each step; takes a minute once, and pays on CUDA.
+
+    Raises InputError for what does not exist, and for engine=native where it cannot be.
+    """
+    for key, value, known in (("precision", precision, PRECISIONS), ("engine", engine, ENGINES)):
+        if value not in known:
+            raise InputError(f"{key}={value} is none of {', '.join(known)}.{nearest(value, known)}")
+    device = lm.norm.weight.device
+    if precision == "auto":
+        precision = "bfloat16" if has_fast_bfloat16(device) else "float32"
+    if engine == "native" and device.type != "cpu":
+        raise InputError(f"engine=native runs on the CPU, and the model is on {device}; set engine=torch or device=cpu")
+    if engine != "torch" and device.type == "cpu":
+        try:
+            return NativeEngine(lm, precision)
+        except NoLibrary as reason:
+            if engine == "native":
+                raise InputError(f"engine=native cannot run here: {reason}; set engine=torch") from reason
+            warnings.warn(f"the CPU kernel is left aside, generation is slower without: {reason}", stacklevel=2)
+    return TorchEngine(lm, precision, compiled)
+
+
+def has_fast_bfloat16(device: torch.device) -> bool:
+    """Whether products of bfloat16 are quicker there than those of float32."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    return device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported() and _has_bfloat16_products()
+
+
+def _has_bfloat16_products() -> bool:
+    told = [getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")]
+    return any(ask() for ask in told if ask is not None)
+
+
+# --- PyTorch ---
+
+
+class TorchEngine:
+    """The model itself, in a number format of its own where that differs, with keys and values in place."""
+
+    def __init__(self, lm: TokenLM, precision: str = "float32", compiled: bool = False) -> None:
+        self.lm, self.device = lm, lm.norm.weight.device
+        self.name = f"torch, {precision}{', compiled' if compiled else ''}"
+        dtype = torch.float32 if precision == "float32" else torch.bfloat16
+        if lm.norm.weight.dtype != dtype or precision == "int8":
+            self.lm = copy.deepcopy(lm).to(dtype)
+        if precision == "int8":
+            _replace_linears(lm, self.lm)
+        self.predict = torch.compile(self._predict, dynamic=False) if compiled else self._predict
+
+    def open(self, rows: int, max_steps: int, reach: int | None = None) -> TorchStream:
+        return TorchStream(self, rows, max_steps, reach)
+
+    def repeated(self, step: Callable[[], None]) -> Callable[[], None]:
+        return Graph(step) if self.device.type == "cuda" else step
+
+    def _predict(self, tokens: Tensor, channel: Tensor | None, position: Tensor, cache) -> Tensor:
+        return self.lm.predict(self.lm.embed(tokens, channel), position, cache).float()
+
+
+class TorchStream:
+    def __init__(self, engine: TorchEngine, rows: int, max_steps: int, reach: int | None) -> None:
+        self.engine, self.cache = engine, engine.lm.new_cache(rows, max_steps, reach)
+        self.rows, self.at = rows, torch.zeros(1, dtype=torch.int64, device=engine.device)
+        if engine.device.type == "cuda":
+            for held in (*self.cache.keys, *self.cache.values):
+                torch._dynamo.mark_static_address(held)
+
+    def restart(self) -> None:
+        self.at.zero_()
+
+    @torch.no_grad()
+    def read(self, tokens: Tensor, channel: Tensor | None, every: bool = False) -> Tensor:
+        rows, _, count = tokens.shape
+        cache = self.cache if rows == self.rows else self.cache.first(rows)
+        if count == 1:
+            logits = self.engine.predict(tokens, channel, self.at, cache)
+            self.at += 1
+            return logits.transpose(1, 2) if every else logits[:, :, -1]
+        start = int(self.at)
+        if cache.keys:
+            cache.check_room(start, count)
+        position = torch.arange(start, start + count, device=self.at.device)
+        logits = self.engine._predict(tokens, channel, position, cache)
+        self.at += count
+        return logits.transpose(1, 2) if every else logits[:, :, -1]
+
+
+class Graph:
+    """A step on CUDA: called as it is while the libraries make their choices, then captured, and replayed ever after."""
+
+    WARM = 3
+
+    def __init__(self, step: Callable[[], None]) -> None:
+        self.step, self.calls, self.graph = step, 0, None
+        self.side = torch.cuda.Stream()
+
+    def __call__(self) -> None:
+        if self.graph is not None:
+            self.graph.replay()
+            return
+        self.calls += 1
+        if self.calls <= self.WARM:
+            self.side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.side):
+                self.step()
+            torch.cuda.current_stream().wait_stream(self.side)
+            return
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):  # records, and does nothing
+            self.step()
+        self.graph = graph
+        graph.replay()
+
+
+class Int8Linear(nn.Module):
+    """A linear map with weights in int8 and one scale an output."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        values, scale = quantise(weight.float())
+        self.register_buffer("weight", values)
+        self.register_buffer("scale", scale.to(torch.bfloat16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype)) * self.scale  # type: ignore[operator]
+
+
+def _replace_linears(source: nn.Module, target: nn.Module) -> None:
+    """Put an Int8Linear of the weights in `source` in place of every linear map of its copy `target`."""
+    for name, child in source.named_children():
+        if isinstance(child, nn.Linear):
+            setattr(target, name, Int8Linear(child.weight.detach()))
+        else:
+            _replace_linears(child, getattr(target, name))
+
+
+# --- the CPU kernel ---
+
+
+class NativeEngine:
+    """The CPU kernel on packed weights. Raises NoLibrary where it cannot run."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, lm: TokenLM, precision: str = "float32") -> None:
+        self.packed, self.lm, self.name = Packed(lm, precision), lm, f"native, {precision}"
+        # all codebooks in one table, so that a step looks its codes up at once
+        with torch.no_grad():
+            tables = [_table(embedding).float() for embedding in lm.embeddings]
+        self.table = torch.cat(tables)
+        self.offsets = torch.arange(len(tables)).unsqueeze(1) * (lm.codebook_size + 1)
+
+    def open(self, rows: int, max_steps: int, reach: int | None = None) -> NativeStream:
+        return NativeStream(self, rows, max_steps if reach is None else min(max_steps, 1 + reach), reach)
+
+    def repeated(self, step: Callable[[], None]) -> Callable[[], None]:
+        return step
+
+    def embed(self, tokens: Tensor, channel: Tensor | None) -> Tensor:
+        """tokens (R, K, n) beside channel (R, n, C) -> (R n, D) float32."""
+        ids = torch.where(tokens == ABSENT, self.lm.special, tokens) + self.offsets
+        x = F.embedding_bag(ids.transpose(1, 2).flatten(0, 1), self.table, mode="sum")
+        return x if channel is None else torch.cat([channel.flatten(0, 1).float(), x], dim=1)
+
+
+class NativeStream:
+    def __init__(self, engine: NativeEngine, rows: int, slots: int, reach: int | None) -> None:
+        self.engine, self.slots, self.reach = engine, slots, reach
+        self.cache = NativeCache(engine.packed, rows, slots)
+        self.at = torch.zeros(1, dtype=torch.int64)
+        self.restart()
+
+    def restart(self) -> None:
+        self.at.zero_()
+        self.position, self.table_start = 0, -TABLE
+
+    @torch.no_grad()
+    def read(self, tokens: Tensor, channel: Tensor | None, every: bool = False) -> Tensor:
+        rows, _, count = tokens.shape
+        if self.position + count > self.slots and (self.reach is None or count > 1):
+            raise ValueError(f"{count} steps at {self.position} do not fit into a cache of {self.slots} slots at once")
+        x = self.engine.embed(tokens, channel).view(rows, count, -1)
+        if count == 1:
+            logits = self._step(x, every=False)
+            return logits.unsqueeze(1) if every else logits
+        pieces = x.split(max(AT_ONCE // rows, 1), dim=1)
+        logits = [self._step(piece, every) for piece in pieces]
+        return torch.cat(logits, dim=1) if every else logits[-1]
+
+    def _step(self, x: Tensor, every: bool) -> Tensor:
+        rows, count, _ = x.shape
+        position = torch.arange(self.position, self.position + count, dtype=torch.int32)
+        last = self.slots - 1
+        slot = position if self.position + count <= self.slots else 1 + (position - 1) % max(last, 1)
+        number = torch.arange(rows * count, dtype=torch.int32)
+        logits = self.engine.packed.step(
+            self.cache,
+            x.flatten(0, 1),
+            self._rotation(count).expand(rows, -1, -1, -1).flatten(0, 1),
+            number // count,
+            slot.repeat(rows),
+            (position + 1).clamp(max=self.slots).repeat(rows),
+            number if every else number[count - 1 :: count].contiguous(),
+        )
+        self.position += count
+        self.at += count
+        return logits.unflatten(0, (rows, count)) if every else logits
+
+    def _rotation(self, count: int) -> Tensor:
+        """Rotations of the next positions, (n, D/H/2, 2)."""
+        first = self.position - self.table_start
+        if first < 0 or first + count > TABLE:
+            packed = self.engine.packed
+            self.table_start, first = self.position, 0
+            positions = torch.arange(self.position, self.position + max(count, TABLE))
+            self.table = rotary_table(positions, packed.head_dim, packed.rope_base)
+        return self.table[first : first + count]
+
+
+def _table(embedding: nn.Module) -> Tensor:
+    """The vectors of all codes of a codebook, (V + 1, D - C)."""
+    if isinstance(embedding, FactorisedEmbedding):
+        return embedding(torch.arange(embedding.table.num_embeddings))
+    return embedding.weight.detach()  # type: ignore[return-value]
