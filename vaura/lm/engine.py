@@ -249,7 +249,7 @@ class NativeStream:
     def __init__(self, engine: NativeEngine, rows: int, slots: int, reach: int | None) -> None:
         self.engine, self.slots, self.reach = engine, slots, reach
         self.cache = NativeCache(engine.packed, rows, slots)
-        self.at = torch.zeros(1, dtype=torch.int64)
+        self.at, self.one = torch.zeros(1, dtype=torch.int64), torch.arange(rows, dtype=torch.int32)
         self.restart()
 
     def restart(self) -> None:
@@ -271,18 +271,19 @@ class NativeStream:
 
     def _step(self, x: Tensor, every: bool) -> Tensor:
         rows, count, _ = x.shape
+        sequence = self.one[:rows] if count == 1 else self.one[:rows].repeat_interleave(count)
         position = torch.arange(self.position, self.position + count, dtype=torch.int32)
-        last = self.slots - 1
-        slot = position if self.position + count <= self.slots else 1 + (position - 1) % max(last, 1)
-        number = torch.arange(rows * count, dtype=torch.int32)
+        slot = position if self.position + count <= self.slots else 1 + (position - 1) % max(self.slots - 1, 1)
+        wanted = self.one[:rows] if count == 1 else torch.arange(0 if every else count - 1, rows * count, 1 if every else count)
         logits = self.engine.packed.step(
             self.cache,
             x.flatten(0, 1),
-            self._rotation(count).expand(rows, -1, -1, -1).flatten(0, 1),
-            number // count,
+            self._rotation(count).repeat(rows, 1, 1),
+            sequence,
             slot.repeat(rows),
-            (position + 1).clamp(max=self.slots).repeat(rows),
-            number if every else number[count - 1 :: count].contiguous(),
+            (position + 1).clamp_(max=self.slots).repeat(rows),
+            wanted.int(),
+            shared=count > 1,
         )
         self.position += count
         self.at += count

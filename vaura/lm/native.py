@@ -32,6 +32,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.in
 GROUP = {"float32": 1, "bfloat16": 2, "int8": 4}
 STRIPE, INPUTS, CHANNELS = 32, 64, 16  # what outputs, inputs and the channels of a head are padded to
 WIDEST = 512  # channels of a head
+AHEAD = 8192  # bytes behind the weights: alignment, and what is asked for beforehand
+ALIGNED = 64  # bytes, of memory that the kernel works in
 
 BUILT_IN = 120
 """Seconds that the compiler may take."""
@@ -192,24 +194,32 @@ class Packed:
         )
 
     def step(
-        self, cache: NativeCache, x: Tensor, rotation: Tensor, sequence: Tensor, slot: Tensor, seen: Tensor, wanted: Tensor
+        self,
+        cache: NativeCache,
+        x: Tensor,
+        rotation: Tensor,
+        sequence: Tensor,
+        slot: Tensor,
+        seen: Tensor,
+        wanted: Tensor,
+        shared: bool,
     ) -> Tensor:
         """x (R, D) float32, of R positions, -> logits (len(wanted), K, V) float32 of the `wanted` ones; the cache is written.
 
         Args:
             rotation: (R, D/H/2, 2) float32.
-            sequence, slot, seen, wanted: int32; where a position's key and value go, and how many slots it looks at.
+            sequence, slot, seen, wanted: int32; whose a position is, where its key and value go, how many slots it looks at.
+            shared: whether several positions are of one sequence.
         """
         count, threads = len(x), torch.get_num_threads()
-        needed = self.library.vaura_room(self.model, count, cache.slots, threads)
-        if cache.room.numel() < needed + 64:
-            cache.room = torch.empty(needed + 64, dtype=torch.uint8)
+        needed = self.library.vaura_room(self.model, count, cache.slots, threads) + ALIGNED
+        if cache.room.numel() < needed:
+            cache.room = torch.empty(needed, dtype=torch.uint8)
         logits = torch.empty(len(wanted), self.num_codebooks, self.codebook_size)
-        tensors = (x.contiguous(), rotation.contiguous(), sequence, slot, seen, wanted)
-        x_, rotation_, sequence_, slot_, seen_, wanted_ = (tensor.data_ptr() for tensor in tensors)
-        shared = count > 1 and len(sequence.unique()) < count
+        kept = [tensor.contiguous() for tensor in (x, rotation, sequence, slot, seen, wanted)]
+        x_, rotation_, sequence_, slot_, seen_, wanted_ = (tensor.data_ptr() for tensor in kept)
         rows = Rows(count, x_, rotation_, sequence_, slot_, seen_, shared, wanted_, len(wanted))
-        room = cache.room.data_ptr() + -cache.room.data_ptr() % 64
+        room = _up(cache.room.data_ptr(), ALIGNED)
         self.library.vaura_step(self.model, cache.struct, rows, logits.data_ptr(), room, threads)
         return logits
 
@@ -223,9 +233,9 @@ class Packed:
         self.library.vaura_read(self.memory.data_ptr(), self.memory.numel(), threads)
 
     def _memory(self, size: int) -> Tensor:
-        memory = torch.empty(size + 4096, dtype=torch.uint8)
+        memory = torch.empty(size + AHEAD, dtype=torch.uint8)
         self.library.vaura_huge_pages(memory.data_ptr(), memory.numel())
-        return memory[-memory.data_ptr() % 64 :][:size]
+        return memory[-memory.data_ptr() % ALIGNED :][:size]
 
     def _size(self, outputs: int, inputs: int) -> int:
         return _up(outputs, STRIPE) * _up(inputs, INPUTS) * self.dtype.itemsize
