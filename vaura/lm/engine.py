@@ -13,6 +13,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable
+from ctypes import CDLL
 from typing import Protocol
 
 import torch
@@ -126,7 +127,9 @@ class TorchEngine:
             self.lm = copy.deepcopy(lm).to(dtype)
         if precision == "int8":
             _replace_linears(lm, self.lm)
-        self.predict = torch.compile(self._predict, dynamic=False) if compiled else self._predict
+        self.predict = self._predict
+        if compiled:
+            self.predict = torch.compile(self._predict, mode="max-autotune-no-cudagraphs", dynamic=False)
 
     def open(self, rows: int, max_steps: int, reach: int | None = None) -> TorchStream:
         return TorchStream(self, rows, max_steps, reach)
@@ -224,8 +227,8 @@ class NativeEngine:
 
     device = torch.device("cpu")
 
-    def __init__(self, lm: TokenLM, precision: str = "float32") -> None:
-        self.packed, self.lm, self.name = Packed(lm, precision), lm, f"native, {precision}"
+    def __init__(self, lm: TokenLM, precision: str = "float32", kernel: CDLL | None = None) -> None:
+        self.packed, self.lm, self.name = Packed(lm, precision, kernel), lm, f"native, {precision}"
         # all codebooks in one table, so that a step looks its codes up at once
         with torch.no_grad():
             tables = [_table(embedding).float() for embedding in lm.embeddings]

@@ -213,12 +213,17 @@ inline void spread(const uint16_t* w, v16& even, v16& odd) {
 }
 #endif
 
-// y (R, 32) = rows [first, first + R) of x times a stripe, but for the scales of the outputs
+// y (R, 32) = rows [first, first + some) of x, the last of them again up to R, times a stripe, but for the scales of the outputs
 template <Format F, int R>
-inline void dots(const uint8_t* w, const int32_t* sums, const Input& x, int64_t first, int64_t inputs, v16 (*y)[2]) {
+void dots(const uint8_t* w, const int32_t* sums, const Input& x, int64_t first, int64_t some, int64_t inputs, v16 (*y)[2]) {
   typedef typename Of<F>::Value Value;
   const Value* row[R];
-  for (int r = 0; r < R; r++) row[r] = x.row<Value>(first + r);
+  float scale[R];
+  for (int r = 0; r < R; r++) {
+    const int64_t number = first + std::min<int64_t>(r, some - 1);
+    row[r] = x.row<Value>(number);
+    scale[r] = F == INT8 && BYTES ? x.scale[number] : 1.0f;
+  }
   constexpr int64_t turn = 32 * Of<F>::group * Of<F>::weight;  // bytes of the 32 outputs of a group
 #if defined(__AVX512VNNI__)
   if constexpr (F == INT8) {
@@ -241,7 +246,7 @@ inline void dots(const uint8_t* w, const int32_t* sums, const Input& x, int64_t 
     }
     for (int r = 0; r < R; r++)
       for (int h = 0; h < 2; h++)
-        y[r][h] = ((v16)_mm512_cvtepi32_ps(high[r][h]) * 256.0f + (v16)_mm512_cvtepi32_ps(low[r][h])) * x.scale[first + r];
+        y[r][h] = ((v16)_mm512_cvtepi32_ps(high[r][h]) * 256.0f + (v16)_mm512_cvtepi32_ps(low[r][h])) * scale[r];
     return;
   }
 #endif
@@ -382,7 +387,11 @@ struct Thread {
   bool tiles;
 };
 
-template <Format F> constexpr int FEW = F == INT8 && BYTES ? 4 : 8;  // rows whose sums find room in the registers
+#if defined(__AVX512F__)
+template <Format F> constexpr int FEW = F == INT8 ? 4 : 8;  // rows whose sums find room in the registers
+#else
+template <Format F> constexpr int FEW = 4;
+#endif
 
 template <Format F, class Done>
 void product(const Matrix& m, const Input& x, int64_t rows, const Thread& me, Done done) {
@@ -411,16 +420,10 @@ void product(const Matrix& m, const Input& x, int64_t rows, const Thread& me, Do
 #endif
     for (int64_t first = 0; first < rows; first += FEW<F>) {
       const int64_t some = std::min<int64_t>(FEW<F>, rows - first);
-      switch (some) {
-        case 1: dots<F, 1>(stripe, sums, x, first, m.inputs, y); break;
-        case 2: dots<F, 2>(stripe, sums, x, first, m.inputs, y); break;
-        case 3: dots<F, 3>(stripe, sums, x, first, m.inputs, y); break;
-        case 4: dots<F, 4>(stripe, sums, x, first, m.inputs, y); break;
-        case 5: dots<F, std::min(5, FEW<F>)>(stripe, sums, x, first, m.inputs, y); break;
-        case 6: dots<F, std::min(6, FEW<F>)>(stripe, sums, x, first, m.inputs, y); break;
-        case 7: dots<F, std::min(7, FEW<F>)>(stripe, sums, x, first, m.inputs, y); break;
-        default: dots<F, FEW<F>>(stripe, sums, x, first, m.inputs, y);
-      }
+      if (some == 1) dots<F, 1>(stripe, sums, x, first, some, m.inputs, y);
+      else if (some == 2) dots<F, 2>(stripe, sums, x, first, some, m.inputs, y);
+      else if (some <= 4) dots<F, 4>(stripe, sums, x, first, some, m.inputs, y);
+      else dots<F, FEW<F>>(stripe, sums, x, first, some, m.inputs, y);
       give(first, some);
     }
   }

@@ -88,10 +88,15 @@ def library() -> ctypes.CDLL:
     """The compiled `native.cpp`. Raises NoLibrary."""
     if os.environ.get("VAURA_NATIVE") == "0":
         raise NoLibrary("VAURA_NATIVE=0 says so")
+    return load(build())
+
+
+def load(path: Path) -> ctypes.CDLL:
+    """What `build` made. Raises NoLibrary where it does not run here."""
     if sys.byteorder != "little":
         raise NoLibrary("it is written for processors that store the low byte first")
     try:
-        found = ctypes.CDLL(str(build()))
+        found = ctypes.CDLL(str(path))
     except OSError as error:
         raise NoLibrary(f"what was compiled does not load ({error})") from error
     found.vaura_room.argtypes, found.vaura_room.restype = [POINTER(Model), c_int64, c_int64, c_int64], c_int64
@@ -113,16 +118,15 @@ def build(compiler: str | None = None, folder: Path | None = None) -> Path:
     command = command or [next((name for name in ("c++", "g++", "clang++") if shutil.which(name)), "")]
     if not command[0] or shutil.which(command[0]) is None:
         raise NoLibrary(f"there is no C++ compiler{' ' + command[0] if command[0] else ''} (install g++, or set CXX)")
+    command = [command[0], *FLAGS, *command[1:]]  # what the user says comes last and wins
     try:
-        version = subprocess.run([*command, "--version"], capture_output=True, timeout=BUILT_IN, check=True).stdout
-        key = hashlib.sha256(b"\0".join([SOURCE.read_bytes(), version, " ".join([*command, *FLAGS]).encode(), _processor()]))
+        version = subprocess.run([command[0], "--version"], capture_output=True, timeout=BUILT_IN, check=True).stdout
+        key = hashlib.sha256(b"\0".join([SOURCE.read_bytes(), version, " ".join(command).encode(), _processor()]))
         path = (folder or cache_folder("native")) / f"{key.hexdigest()[:16]}.so"
         if not path.is_file():
             path.parent.mkdir(parents=True, exist_ok=True)
             with write_aside(path) as aside:
-                subprocess.run(
-                    [*command, *FLAGS, str(SOURCE), "-o", str(aside)], capture_output=True, timeout=BUILT_IN, check=True
-                )
+                subprocess.run([*command, str(SOURCE), "-o", str(aside)], capture_output=True, timeout=BUILT_IN, check=True)
     except subprocess.CalledProcessError as error:
         said = error.stderr.decode(errors="replace").strip().splitlines()
         raise NoLibrary(f"{command[0]} cannot compile it ({said[0] if said else error})") from error
@@ -144,15 +148,16 @@ class Packed:
 
     Args:
         precision: float32, bfloat16, or int8 with one scale an output, the nearest of 255 steps (no calibration).
+        kernel: what `load` gave; None: the library of this machine.
 
     Raises NoLibrary where there is none, or the model is none that it can run.
     """
 
-    def __init__(self, lm: TokenLM, precision: str) -> None:
+    def __init__(self, lm: TokenLM, precision: str, kernel: ctypes.CDLL | None = None) -> None:
         head_dim = lm.dim // lm.num_heads
         if head_dim > WIDEST:
             raise NoLibrary(f"heads are {head_dim} channels wide, more than {WIDEST}")
-        self.library, self.precision, self.dtype = library(), precision, DTYPES[precision]
+        self.library, self.precision, self.dtype = kernel or library(), precision, DTYPES[precision]
         self.num_codebooks, self.codebook_size, self.dim, self.num_heads = (
             lm.num_codebooks,
             lm.codebook_size,
