@@ -136,12 +136,11 @@ def test_every_stage_leaves_its_file(walk):
         "config.yaml",
         "tokenizer.safetensors",
         "encoder.safetensors",
-        "tokens/train.safetensors",
-        "tokens/val.safetensors",
     ]
     files += ["checkpoints/last.ckpt", "report/metrics.json", "report/index.html", "finished"]
     files += [f"samples/{kind}/{clip}.mp4" for kind in ("own", "other", "ceiling") for clip in ids]
     assert [name for name in files if not (walk.folder / name).is_file()] == []
+    assert len(list(walk.folder.glob("tokens/*/*.safetensors"))) == 2  # of training and of validation
     assert walk.said.splitlines()[-1] == f"experiment: {walk.folder}"
 
 

@@ -20,19 +20,16 @@ from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
-from safetensors.torch import load_file, save
 from torch import Tensor
 
 from vaura import experiment
 from vaura.components import check_components, instantiate
 from vaura.config import load_config
-from vaura.data.clips import TokenDataset
 from vaura.data.manifest import Clip
 from vaura.data.module import VideoData
 from vaura.data.world import World, build, fingerprint
 from vaura.errors import InputError
 from vaura.evaluate import Judge, impact_times, listen, only_material, shifted, write_json
-from vaura.files import write_aside
 from vaura.generate import How, Sound, VideoToAudio
 from vaura.media.audio import read_audio
 from vaura.progress import track
@@ -40,7 +37,7 @@ from vaura.report import Example, Figure, print_table, read_curves, write_report
 from vaura.run_folder import run_dir
 from vaura.seeds import seed_of
 from vaura.task.token_prediction import TokenPrediction
-from vaura.train import fit_tokenizer, learn, load_data, teach_encoder
+from vaura.train import fit_tokenizer, keep_tokens, learn, load_data, teach_encoder
 
 SUMMARY = (
     "Silent videos of bouncing objects that the model never saw, with the sound it gave them. {clips} held-out clips with "
@@ -93,7 +90,7 @@ def walk(config: DictConfig, folder: Path) -> None:
         if not getattr(task.encoder, "learnt", True):
             teach_encoder(config, task, data, folder)
     with timed(folder, "tokenise"):
-        data.tokens = {split: tokenise(task, data, split, folder / "tokens") for split in ("train", "val")}
+        tokenise(task, data, Path(config.data.get("cache") or folder / "tokens"))
     with timed(folder, "lm"):
         learn(config, task, data, folder)
     clips = data.clips["test"]
@@ -179,25 +176,14 @@ def seconds_of(folder: Path) -> dict[str, float]:
     return json.loads(path.read_text()) if path.is_file() else {}
 
 
-def tokenise(task: TokenPrediction, data: VideoData, split: str, folder: Path) -> TokenDataset:
-    """Codes and features of a split, made once: the spans are fixed and both parts are frozen."""
-    path = folder / f"{split}.safetensors"
-    ids = [clip.id for clip in data.clips[split]]
-    if not path.is_file():
-        loader = data.loader(split, in_order=True)
-        batches = (batch for batch in track(loader, f"tokenise {split}", len(loader)) if batch is not None)
-        read, made = [], []
-        for batch in batches:
-            read += batch["id"]
-            made.append(task.tokenise(batch))
-        if lost := set(ids) - set(read):
+def tokenise(task: TokenPrediction, data: VideoData, folder: Path) -> None:
+    """Codes and features of what is learnt from, made once: the spans are fixed and both parts are frozen."""
+    keep_tokens(task, data, folder)
+    data.make_tokens(task.tokenise, task.device)
+    for split, kept in data.tokens.items():
+        if lost := kept.lost():
             broken = data.clips[split][0].video.parent
             raise InputError(f"{broken} holds clips that cannot be read, as {min(lost)}; remove that folder and run again")
-        codes, features = (torch.cat(parts) for parts in zip(*made, strict=True))
-        with write_aside(path) as aside:
-            aside.write_bytes(save({"codes": codes, "features": features}))
-    stored = load_file(path)
-    return TokenDataset(ids, torch.zeros(len(ids)), stored["codes"], stored["features"])
 
 
 def generate(config: DictConfig, folder: Path, clips: list[Clip]) -> dict[str, list[Path]]:
@@ -207,7 +193,8 @@ def generate(config: DictConfig, folder: Path, clips: list[Clip]) -> dict[str, l
     """
     settings = config.generation
     samples = {kind: [folder / "samples" / kind / f"{clip.id}.mp4" for clip in clips] for kind in ("own", "other")}
-    model = VideoToAudio(folder, device="cpu" if config.trainer.accelerator == "cpu" else "auto")
+    device = "cpu" if config.trainer.accelerator == "cpu" else "auto"
+    model = VideoToAudio(folder, device=device, precision="float32")  # the figures are to be those of any machine
     how = How(instantiate(settings.sampler), settings.guidance, model.how.window, model.how.stride, config.seed)
     forget_others(folder, {"checkpoint": experiment.best_checkpoint(folder).name, "how": repr(how)}, samples)
     if all(map(is_whole, chain(*samples.values()))):

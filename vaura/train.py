@@ -7,10 +7,12 @@ import logging
 import time
 import warnings
 from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 from hydra.errors import InstantiationException
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
@@ -23,9 +25,11 @@ from vaura.checkpoint import CHECKPOINTS, best_checkpoint
 from vaura.components import check_components, instantiate
 from vaura.data.manifest import PREDICT
 from vaura.data.module import VideoData
+from vaura.encoder.cache import fingerprint
 from vaura.errors import InputError
 from vaura.files import write_aside
 from vaura.progress import track
+from vaura.protocols import Encoder, Tokenizer
 from vaura.run_folder import run_dir
 from vaura.seeds import seed_of
 from vaura.task.callbacks import (
@@ -38,6 +42,7 @@ from vaura.task.callbacks import (
     StepBar,
     StepSeeds,
 )
+from vaura.task.throughput import FetchClock, Throughput
 from vaura.task.token_prediction import TokenPrediction
 from vaura.timing import count
 
@@ -78,7 +83,8 @@ def train(config: DictConfig) -> Path:
         prepare(config, task, data, folder)
         learn(config, task, data, folder)
         if config.test_at_end and data.clips["test"]:
-            measure(config, task, data, folder, best_checkpoint(folder))
+            whole = experiment.build(config, folder) if task.divided else task
+            measure(config, whole, data, folder, best_checkpoint(folder))
     except KeyboardInterrupt as stop:
         raise KeyboardInterrupt(f"the same command with hydra.run.dir={folder} goes on") from stop
     if rank_zero_only.rank == 0:
@@ -156,11 +162,50 @@ def load_data(config: DictConfig, task: TokenPrediction, needs: Sequence[str] = 
 
 
 def prepare(config: DictConfig, task: TokenPrediction, data: VideoData, folder: Path) -> None:
-    """Fit the tokenizer and teach the encoder, each only where it is not ready, and keep them in the experiment."""
+    """Fit the tokenizer and teach the encoder, each only where it is not ready, and keep them in the experiment.
+
+    With data.cache the token LM then learns from codes and features that are kept there.
+    """
     if not getattr(task.tokenizer, "fitted", True):
         fit_tokenizer(task, data, folder / experiment.TOKENIZER, config.seed)
     if not getattr(task.encoder, "learnt", True):
         teach_encoder(config, task, data, folder)
+    if data.cache is not None:
+        keep_tokens(task, data, data.cache)
+
+
+def keep_tokens(task: TokenPrediction, data: VideoData, folder: str | Path) -> None:
+    """Have `data` give the codes and features of these very tokenizer and encoder, kept in `folder`."""
+    makers = {"tokenizer": fingerprint(task.tokenizer, Tokenizer), "encoder": fingerprint(task.encoder, Encoder)}
+    data.keep_tokens(folder, makers)
+
+
+class MakeTokens(Callback):
+    """Makes the codes and features that are not kept yet, before the first step.
+
+    Here and not earlier, for only now all processes are there to share the work, each with the task on its own device.
+    """
+
+    def __init__(self, data: VideoData) -> None:
+        self.data = data
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        task = cast(TokenPrediction, pl_module)
+        self.data.make_tokens(task.tokenise, task.device, trainer.global_rank, trainer.world_size, all_agree)
+
+
+def all_agree(number: int) -> bool:
+    """Whether all processes come with the same number; it waits for them, be it for days.
+
+    A collective of the trainer's own would give up within the hour.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return True
+    group: Any = dist.new_group(timeout=timedelta(days=30), backend="gloo")
+    numbers = [torch.tensor(0) for _ in range(dist.get_world_size())]
+    dist.all_gather(numbers, torch.tensor(number), group)
+    dist.destroy_process_group(group)
+    return len(set(map(int, numbers))) == 1
 
 
 def fit_tokenizer(task: TokenPrediction, data: VideoData, path: Path, seed: int) -> None:
@@ -195,7 +240,9 @@ def teach_encoder(config: DictConfig, task: TokenPrediction, data: VideoData, fo
 def learn(config: DictConfig, task: TokenPrediction, data: VideoData, folder: Path) -> None:
     """Train the token LM with checkpoints by validation loss, early stopping and sound to listen to."""
     settings = config.logging
-    watchers: list[Callback] = [LearningRateMonitor("step"), CodebookChart()]
+    clock = FetchClock() if config.trainer.get("profiler") is None else None
+    watchers: list[Callback] = [MakeTokens(data), LearningRateMonitor("step"), CodebookChart()]
+    watchers.append(Throughput(settings.get("peak_flops"), clock))
     if data.clips["val"]:
         watchers += [
             ModelCheckpoint(
@@ -217,8 +264,8 @@ def learn(config: DictConfig, task: TokenPrediction, data: VideoData, folder: Pa
                 histograms=settings.histograms,
             ),
         ]
-    every = settings.last_every
-    fit(task, data, config.trainer, folder, config.seed, "train the token LM", every, watchers, resume=config.resume)
+    every, resume = settings.last_every, config.resume
+    fit(task, data, config.trainer, folder, config.seed, "train the token LM", every, watchers, resume=resume, clock=clock)
 
 
 def fit(
@@ -233,6 +280,7 @@ def fit(
     *,
     batch_size: int | None = None,
     resume: str | None = None,
+    clock: FetchClock | None = None,
 ) -> None:
     """Lightning's fit in `folder`. Goes on from `resume`, or from the last checkpoint that the folder holds already."""
     if taken := [name for name in HOUSE if name in trainer]:
@@ -241,6 +289,7 @@ def fit(
     theirs = [instantiate(node) for node in trainer.get("callbacks") or ()]
     engine = build_trainer(
         trainer,
+        **({} if clock is None else {"profiler": clock}),
         enable_progress_bar=False,
         enable_model_summary=False,
         num_sanity_val_steps=0,

@@ -9,7 +9,6 @@ import torch
 from vaura.components import check_components, instantiate
 from vaura.config import compose
 from vaura.data import corpus
-from vaura.data.clips import TokenDataset
 from vaura.data.manifest import Clip, in_split, write_manifest
 from vaura.data.module import Selection, Source, VideoData
 from vaura.errors import InputError
@@ -100,16 +99,6 @@ def test_clips_kept_in_memory_outlive_their_files(folder, tmp_path):
     after = {name: sound for batch in made.loader("train") for name, sound in zip(batch["id"], batch["audio"], strict=True)}
     assert set(after) == {"0", "1"}
     assert all(torch.equal(after[name], before[name]) for name in after)
-
-
-def test_tokens_made_beforehand_take_the_place_of_the_media(folder, tmp_path):
-    write_manifest(tmp_path / "clips.jsonl", [Clip("a", folder / "0.mp4", 1.0)])
-    made = data(manifest=str(tmp_path / "clips.jsonl"))
-    made.tokens["train"] = TokenDataset(["x", "y"], torch.zeros(2), torch.ones(2, 1, 3), torch.zeros(2, 4, 5))
-    (batch,) = made.loader("train")
-    assert sorted(batch["id"]) == ["x", "y"]
-    assert batch["codes"].shape == (2, 1, 3)
-    assert "video" not in batch
 
 
 def test_settings_that_contradict_each_other_are_told(folder, tmp_path):

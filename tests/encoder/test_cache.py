@@ -14,7 +14,7 @@ from vaura.data.manifest import Clip
 from vaura.encoder.cache import FeatureCache, content_hash, fingerprint
 from vaura.encoder.tiny_avclip import TinyAVCLIP
 from vaura.errors import InputError
-from vaura.protocols import Encoder
+from vaura.protocols import Encoder, Tokenizer
 
 FEATURES = torch.arange(24, dtype=torch.float32).view(1, 4, 6)
 
@@ -150,6 +150,20 @@ def test_a_setting_of_the_contract_counts_where_nothing_else_tells():
     before = fingerprint(Plain())
     Plain.resize = 240
     assert fingerprint(Plain()) != before
+
+
+def test_a_tokenizer_has_a_fingerprint_too():
+    class Plain(nn.Module):
+        sample_rate, num_codebooks = 16000, 4
+
+    one, other = Plain(), Plain()
+    assert fingerprint(one, Tokenizer) == fingerprint(other, Tokenizer) != fingerprint(one)
+    other.num_codebooks = 5
+    assert fingerprint(one, Tokenizer) != fingerprint(other, Tokenizer)
+    one.register_buffer("codebooks", torch.zeros(3))
+    before = fingerprint(one, Tokenizer)
+    one.get_buffer("codebooks").add_(1)
+    assert fingerprint(one, Tokenizer) != before
 
 
 BROKEN = {

@@ -55,7 +55,7 @@ class ClipDataset(Dataset):
         self.clips, self.duration, self.resize = clips, duration, resize
         self.fps, self.size, self.sample_rate, self.channels = fps, size, sample_rate, channels
         self.random_start, self.random_crop, self.flip, self.seed = random_start, random_crop, flip, seed
-        self.kept: dict[int, Batch | None] | None = None
+        self.kept: dict[int, Batch | str] | None = None
 
     def __len__(self) -> int:
         return len(self.clips)
@@ -75,9 +75,27 @@ class ClipDataset(Dataset):
         across, down, mirror = (share_of(self.seed, name, epoch, what) for what in ("across", "down", "mirror"))
         return (across, down) if self.random_crop else CENTRE, mirror < self.flip
 
+    @property
+    def moves(self) -> bool:
+        """Whether an epoch shows other spans or views than the one before."""
+        return self.random_start or self.random_crop or self.flip > 0
+
+    @property
+    def reading(self) -> dict[str, float]:
+        """What an item depends on besides its file, span and view."""
+        names = ("duration", "fps", "size", "resize", "sample_rate", "channels")
+        return {name: getattr(self, name) for name in names}
+
     def __getitem__(self, key: tuple[int, int]) -> Batch | None:
         """The item, or None (with a warning that names the file) where it cannot be read."""
-        epoch, index = key
+        item = self.read(*key)
+        if isinstance(item, str):
+            warnings.warn(f"left out of this batch: {item}", stacklevel=2)
+            return None
+        return item
+
+    def read(self, epoch: int, index: int) -> Batch | str:
+        """The item, or the sentence that says why there is none."""
         if self.kept is not None and index in self.kept:
             return self.kept[index]
         clip, start = self.clips[index], self.start_of(epoch, index)
@@ -87,36 +105,30 @@ class ClipDataset(Dataset):
             video = read_video(clip.video, start, self.duration, self.fps, **size, place=place, flip=flip)
             audio = read_audio(clip.video, start, self.duration, self.sample_rate, self.channels)
         except InputError as error:
-            warnings.warn(f"left out of this batch: {error}", stacklevel=2)
-            return None
+            return str(error)
         return {"id": clip.id, "start": start, "video": video, "audio": audio}
 
     def keep_all(self, workers: int) -> None:
         """Read every clip once and keep it in memory; for corpora of fixed spans that fit there."""
         indices = [(0, index) for index in range(len(self))]
-        loader = DataLoader(self, batch_size=None, sampler=indices, num_workers=workers)
+        loader = DataLoader(Readings(self), batch_size=None, sampler=indices, num_workers=workers)
         read = track(loader, "read the clips", len(self))
-        self.kept = {index: _own(item) for (_, index), item in zip(indices, read, strict=True)}
+        self.kept = {index: item if isinstance(item, str) else _own(item) for (_, index), item in read}
 
 
-def _own(item: Batch | None) -> Batch | None:
+def _own(item: Batch) -> Batch:
     """The item in memory of our own: what a worker sends holds an open file for every tensor."""
-    return item and {key: value.clone() if isinstance(value, Tensor) else value for key, value in item.items()}
+    return {key: value.clone() if isinstance(value, Tensor) else value for key, value in item.items()}
 
 
-class TokenDataset(Dataset):
-    """Codes and features of every clip, made once: items are {"id", "start", "codes" (K, T), "features" (M, E)}."""
+class Readings(Dataset):
+    """((epoch, index), the item of `clips` or the sentence that says why there is none): for who tells it another way."""
 
-    def __init__(self, ids: list[str], starts: Tensor, codes: Tensor, features: Tensor) -> None:
-        self.ids, self.starts, self.codes, self.features = ids, starts, codes, features
+    def __init__(self, clips: ClipDataset) -> None:
+        self.clips = clips
 
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def __getitem__(self, key: tuple[int, int]) -> Batch:
-        _, index = key
-        start = float(self.starts[index])
-        return {"id": self.ids[index], "start": start, "codes": self.codes[index], "features": self.features[index]}
+    def __getitem__(self, key: tuple[int, int]) -> tuple[tuple[int, int], Batch | str]:
+        return key, self.clips.read(*key)
 
 
 class EpochOrder(Sampler[tuple[int, int]]):

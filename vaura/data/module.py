@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
+import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from pathlib import Path
 
+import torch
 from torch.utils.data import DataLoader
 
-from vaura.data.clips import Batch, ClipDataset, ClipLoader, EpochOrder, TokenDataset
+from vaura.data.clips import Batch, ClipDataset, ClipLoader, EpochOrder
 from vaura.data.corpus import Reader
 from vaura.data.manifest import PREDICT, SPLITS, Clip, in_split, read_manifest, scan_folder, usable
+from vaura.data.shards import NUMBERS, KeptClips, Tokenise
 from vaura.errors import InputError
+from vaura.files import make_folder
+from vaura.media.content import Contents
+from vaura.progress import Bar, bar
 
 TELL = 10
 """Sentences about what was left out that are shown; of more only this many, and how many there are."""
+
+
+PATIENCE = 90
+"""Seconds after which a file that one machine has written is seen by the others, where they share a folder."""
 
 
 class Source(Mapping[str, list[Clip]]):
@@ -145,6 +158,9 @@ class VideoData:
         random_crop: cut the square picture of training clips elsewhere every epoch; the middle otherwise.
         flip: share of training clips that are mirrored, drawn anew every epoch.
         keep_in_memory: read every clip once; needs random_start=False, random_crop=False and flip=0.
+        cache: a folder that keeps codes and features, see `shards.py`; None: they are made anew in every step.
+        takes: spans and views of each training clip kept there; epoch e shows number e % takes.
+        cache_format: float32 or bfloat16, how features are kept.
         val_share: share of a folder's videos kept for validation.
         seed: of the order and the cuts.
         fps, size, sample_rate, channels: what the encoder and the tokenizer want.
@@ -165,6 +181,9 @@ class VideoData:
         random_crop: bool = False,
         flip: float = 0.0,
         keep_in_memory: bool,
+        cache: str | None = None,
+        takes: int = 1,
+        cache_format: str = "float32",
         val_share: float,
         seed: int,
         fps: float,
@@ -179,7 +198,22 @@ class VideoData:
                 "data.keep_in_memory=true needs the same span and picture every epoch: set data.random_start=false, "
                 "data.random_crop=false and data.flip=0"
             )
+        if cache_format not in NUMBERS:
+            raise InputError(f"data.cache_format is '{cache_format}'; choose from {', '.join(NUMBERS)}")
+        if takes < 1:
+            raise InputError(f"data.takes is {takes}; keep at least 1 of each clip")
+        if takes > 1 and cache is None:
+            raise InputError(f"data.takes={takes} is what a cache keeps of each clip: name its folder by data.cache=FOLDER")
+        if cache is not None:
+            make_folder(cache)
+            if takes == 1 and (random_start or random_crop or flip):
+                warnings.warn(
+                    "data.takes=1 keeps one span and view of each training clip, which every epoch shows; "
+                    "data.takes=8 would keep eight",
+                    stacklevel=2,
+                )
         self.batch_size, self.workers, self.seed = batch_size, workers, seed
+        self.cache, self.takes, self.cache_format = cache, takes, cache_format
         self.clips = Source(
             data_dir=data_dir, manifest=manifest, corpus=corpus, duration=duration, val_share=val_share, workers=workers
         )
@@ -195,7 +229,7 @@ class VideoData:
         self._training = {"random_start": random_start, "random_crop": random_crop, "flip": flip}
         self._keep = keep_in_memory
         self._datasets: dict[str, ClipDataset] = {}
-        self.tokens: dict[str, TokenDataset] = {}  # splits whose codes and features were made beforehand
+        self.tokens: dict[str, KeptClips] = {}  # splits whose codes and features are kept
 
     @property
     def left_out(self) -> list[str]:
@@ -204,12 +238,67 @@ class VideoData:
 
     def dataset(self, split: str) -> ClipDataset:
         """The clips of a split, read from the files; those of training at random where that is asked for."""
+        dataset = self._unread(split)
+        if self._keep and dataset.kept is None:
+            dataset.keep_all(self.workers)
+        return dataset
+
+    def _unread(self, split: str) -> ClipDataset:
         if split not in self._datasets:
-            dataset = ClipDataset(self.clips[split], **self._reading, **(self._training if split == "train" else {}))
-            if self._keep:
-                dataset.keep_all(self.workers)
-            self._datasets[split] = dataset
+            training = self._training if split == "train" else {}
+            self._datasets[split] = ClipDataset(self.clips[split], **self._reading, **training)
         return self._datasets[split]
+
+    def keep_tokens(self, folder: str | Path, makers: Mapping[str, str]) -> None:
+        """From now on training and validation clips come as codes and features, which `make_tokens` makes and `folder` keeps.
+
+        `makers` is a name and a fingerprint of what makes them.
+        """
+        self.cache = str(folder)
+        for split in ("train", "val"):
+            if self.clips[split]:
+                self.tokens[split] = KeptClips(self._unread(split), folder, makers, self.takes, self.cache_format)
+
+    def make_tokens(
+        self,
+        tokenise: Tokenise,
+        device: torch.device,
+        rank: int = 0,
+        world_size: int = 1,
+        agree: Callable[[int], bool] = lambda _: True,
+    ) -> None:
+        """Make the codes and features that are not kept yet, of the media that `tokenise` is given on `device`.
+
+        Each of `world_size` processes makes its share; `agree` waits for all of them, and says whether they gave the same
+        number. Raises InputError where the folder cannot be written, or is not one for all processes.
+        """
+        if not self.tokens:
+            return
+        assert self.cache is not None
+        files = list(dict.fromkeys(clip.video for split in self.tokens for clip in self.clips[split]))
+        contents = Contents(Path(self.cache) / "contents", str(rank))
+        contents.of(files[rank::world_size], self.workers, "" if rank else "recognise the videos")
+        agree(0)
+        known = contents.of(files, self.workers)
+        for split, kept in self.tokens.items():
+            kept.name_all(known)
+            kept.find()
+            missing, there = kept.share(rank, world_size)
+            if missing:
+                self.dataset(split)  # in memory, where that is asked for
+                workers = 0 if self._keep else self.workers
+                task = f"tokenise {split}", len(missing) + there, there
+                with nullcontext(Bar(*task)) if rank else bar(*task) as shown:
+                    kept.make(tokenise, missing, device, self.batch_size, workers, shown)
+        for _ in range(PATIENCE):
+            seen = 0
+            for kept in self.tokens.values():
+                kept.find()
+                seen = zlib.crc32(kept.found, seen)
+            if agree(seen):
+                return
+            time.sleep(1)
+        raise InputError(f"data.cache={self.cache} is not the same to all processes; name a folder that they share")
 
     def items(self, split: str) -> Iterator[Batch]:
         """Every readable clip of a split once, in order."""
@@ -218,13 +307,12 @@ class VideoData:
         loader = DataLoader(self.dataset(split), None, sampler=order, num_workers=workers)
         return (item for item in loader if item is not None)
 
-    def loader(
-        self, split: str, rank: int = 0, world_size: int = 1, batch_size: int | None = None, in_order: bool = False
-    ) -> ClipLoader:
-        """Batches of a split for process `rank` of `world_size`: train is shuffled anew every epoch unless `in_order`."""
+    def loader(self, split: str, rank: int = 0, world_size: int = 1, batch_size: int | None = None) -> ClipLoader:
+        """Batches of a split for process `rank` of `world_size`: train is shuffled anew every epoch.
+
+        Codes and features are read by the process itself: a worker would take longer to send them.
+        """
         dataset = self.tokens[split] if split in self.tokens else self.dataset(split)
         workers = 0 if self._keep or split in self.tokens else self.workers
-        order = EpochOrder(
-            len(dataset), shuffle=split == "train" and not in_order, seed=self.seed, rank=rank, world_size=world_size
-        )
+        order = EpochOrder(len(dataset), shuffle=split == "train", seed=self.seed, rank=rank, world_size=world_size)
         return ClipLoader(dataset, order, min(batch_size or self.batch_size, len(order)), workers)

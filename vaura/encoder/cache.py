@@ -11,7 +11,6 @@ import json
 import warnings
 import zlib
 from collections.abc import Callable
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary
@@ -21,15 +20,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from vaura.errors import InputError
 from vaura.files import write_aside
+from vaura.media.content import FORMAT, content_hash
 from vaura.protocols import Encoder
 from vaura.timing import exact
-
-FORMAT = 1
-"""Raised whenever pictures are read, or encoded, differently: what was cached before is then never found."""
-
-MEGABYTE = 1_000_000
 
 
 class Span(Protocol):
@@ -88,44 +82,26 @@ class FeatureCache:
         return known
 
 
-def fingerprint(encoder: Encoder | nn.Module) -> str:
-    """32 hex digits that change with an encoder's class, settings, weights and precision, and not with its device.
+def fingerprint(part: object, contract: type = Encoder) -> str:
+    """32 hex digits that change with the class, settings, weights and precision of an encoder, and not with its device.
 
-    Settings are what the contract names, `settings` where it has them, and what its parts print.
+    So of a tokenizer, whose contract is another. Settings are what the contract names, `settings` where the part has them, and
+    what its own parts print.
     """
-    digest = hashlib.sha256(_description(encoder).encode())
-    for key, value in sorted(_weights(encoder).items()):
+    digest = hashlib.sha256(_description(part, contract).encode())
+    for key, value in sorted(_weights(part).items()):
         digest.update(f"\n{key} {value.dtype} {tuple(value.shape)}\n".encode())
         digest.update(_bytes(value))
     return digest.hexdigest()[:32]
 
 
-def _description(encoder: Encoder | nn.Module) -> str:
-    told = {name: getattr(encoder, name, None) for name in (*Encoder.__annotations__, "settings")}
-    return f"{type(encoder).__module__}.{type(encoder).__qualname__} {told} {encoder}"
+def _description(part: object, contract: type = Encoder) -> str:
+    told = {name: getattr(part, name, None) for name in (*contract.__annotations__, "settings")}
+    return f"{type(part).__module__}.{type(part).__qualname__} {told} {part}"
 
 
-def _weights(encoder: Encoder | nn.Module) -> dict[str, Tensor]:
-    return encoder.state_dict() if isinstance(encoder, nn.Module) else {}
-
-
-def content_hash(path: str | Path) -> str:
-    """sha256 of a file's content; it is read again when its size or time changed. InputError where there is no file."""
-    path = Path(path).resolve()
-    try:
-        status = path.stat()
-        return _content_hash(path, status.st_size, status.st_mtime_ns)
-    except OSError as error:
-        raise InputError(f"{path} cannot be read ({error.strerror}); check the path") from error
-
-
-@lru_cache(maxsize=100_000)
-def _content_hash(path: Path, size: int, modified: int) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while piece := file.read(MEGABYTE):
-            digest.update(piece)
-    return digest.hexdigest()
+def _weights(part: object) -> dict[str, Tensor]:
+    return part.state_dict() if isinstance(part, nn.Module) else {}
 
 
 def _read(path: Path) -> Tensor | None:
