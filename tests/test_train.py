@@ -2,6 +2,7 @@
 
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -129,6 +130,11 @@ def scalars(folder: Path) -> dict[str, dict[int, float]]:
     return {tag: {event.step: event.value for event in board.Scalars(tag)} for tag in board.Tags()["scalars"]}
 
 
+def figures(folder: Path) -> dict[str, dict[int, float]]:
+    """All but how fast it went."""
+    return {tag: values for tag, values in scalars(folder).items() if not tag.startswith("throughput/")}
+
+
 def assert_same_run(one: Path, other: Path) -> None:
     """The same weights, optimizer, schedule and figures, bit by bit."""
     a, b = checkpoint(one), checkpoint(other)
@@ -136,7 +142,7 @@ def assert_same_run(one: Path, other: Path) -> None:
     torch.testing.assert_close(a["state_dict"], b["state_dict"], rtol=0, atol=0)
     torch.testing.assert_close(a["optimizer_states"], b["optimizer_states"], rtol=0, atol=0)
     assert a["lr_schedulers"] == b["lr_schedulers"]
-    assert scalars(one) == scalars(other)
+    assert figures(one) == figures(other)
     assert kept(one) == kept(other)
 
 
@@ -330,6 +336,60 @@ def test_two_processes_learn_what_one_learns_from_twice_the_batch(fixed, tmp_pat
     losses = [scalars(tmp_path / name)["val/loss"] for name in ("one", "two")]
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "two"]
+
+
+@pytest.mark.slow
+def test_divided_parameters_learn_what_one_process_learns_from_twice_the_batch(fixed, tmp_path):
+    """FSDP2 on two processes, with a resume in the middle; its checkpoint is one whole file, as any other."""
+    common = [argument for argument in fixed if argument != ONE] + STILL
+    assert run([*common, ONE, "data.batch_size=4", f"hydra.run.dir={tmp_path / 'one'}"]) == 0
+    two = [*common, TWO, "data.batch_size=2", "trainer.strategy=fsdp2", f"hydra.run.dir={tmp_path / 'two'}"]
+    for steps in ("trainer.max_steps=3", "trainer.max_steps=8"):
+        done = start(*two, "task.optimizer.schedule.total=8", steps)
+        assert done.returncode == 0, done.stderr
+    a, b = (checkpoint(tmp_path / name)["state_dict"] for name in ("one", "two"))
+    assert list(a) == list(b)
+    torch.testing.assert_close(a, b, rtol=0, atol=2e-6)
+    losses = [scalars(tmp_path / name)["val/loss"] for name in ("one", "two")]
+    assert losses[0][7] == pytest.approx(losses[1][7], abs=1e-5)
+
+
+def test_every_option_of_speed_trains_goes_on_and_generates(fixed, tmp_path):
+    options = ["trainer.precision=bf16-mixed", "task.checkpoint_activations=true", "task.optimizer.fused=true"]
+    assert run([*fixed, *options, "trainer.max_steps=3", f"hydra.run.dir={tmp_path}"]) == 0
+    assert run([*fixed, *options, f"hydra.run.dir={tmp_path}"]) == 0
+    keys = list(checkpoint(tmp_path)["state_dict"])
+    assert not [key for key in keys if "_orig_mod" in key]
+    written = scalars(tmp_path)
+    assert set(written["throughput/frames_per_second"]) == set(range(8))
+    assert all(value > 0 for value in written["throughput/mfu"].values())
+    assert all(0 <= value <= 1 for value in written["throughput/waiting"].values())
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+def test_compiled_blocks_learn_the_same_and_go_on_uncompiled(fixed, tmp_path):
+    """Validation and its previews run too; the checkpoint knows nothing of it."""
+    still = [*fixed, *STILL, "task.optimizer.schedule.total=8"]
+    assert run([*still, "trainer.max_steps=6", f"hydra.run.dir={tmp_path / 'plain'}"]) == 0
+    parts = f"hydra.run.dir={tmp_path / 'compiled'}"
+    assert run([*still, "task.compile=blocks", "trainer.max_steps=4", parts]) == 0
+    assert run([*still, "trainer.max_steps=6", parts]) == 0
+    a, b = (checkpoint(tmp_path / name)["state_dict"] for name in ("plain", "compiled"))
+    assert list(a) == list(b)
+    torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("task.compile=block", "task.compile=block is none of false, blocks"),
+        ("task.optimizer.fused=automatic", "task.optimizer.fused=automatic is none of auto, true, false"),
+        ("task.checkpoint_activations=-1", "task.checkpoint_activations=-1 is none of"),
+    ],
+)
+def test_options_of_speed_that_do_not_exist(fixed, tmp_path, capsys, change, said):
+    assert said in refused(capsys, *fixed, change, f"hydra.run.dir={tmp_path}")
 
 
 @pytest.mark.slow

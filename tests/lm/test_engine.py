@@ -9,7 +9,7 @@ import torch
 from vaura.errors import InputError
 from vaura.lm import engine as engines
 from vaura.lm import native
-from vaura.lm.engine import NativeEngine, TorchEngine, engine_for, has_fast_bfloat16
+from vaura.lm.engine import NativeEngine, TorchEngine, engine_for
 from vaura.lm.generation import generate, generate_slow
 from vaura.lm.llama import TokenLM
 from vaura.lm.native import NoLibrary, build, library, load, quantise
@@ -254,7 +254,7 @@ def test_what_does_not_exist_is_refused():
 def test_auto_is_bfloat16_where_products_of_it_are_fast(monkeypatch):
     lm = make(SHAPES[0])
     for fast, name in ((True, "bfloat16"), (False, "float32")):
-        monkeypatch.setattr(engines, "has_fast_bfloat16", lambda device, fast=fast: fast)
+        monkeypatch.setattr(engines, "multiplies_bfloat16", lambda device, fast=fast: fast)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             assert engine_for(lm).name.endswith(name)
@@ -291,9 +291,3 @@ def test_a_captured_step_gives_the_tokens_of_the_slow_loop(compiled, guidance):
         condition = Condition(torch.randn(2 if guidance == 1.0 else 4, 20, lm.channels, device="cuda"))
         how = {"seeds": [seed, seed + 1], "sampler": Sampler(1.0, top_k=8), "guidance": guidance}
         assert torch.equal(generate(engine, condition, 20, **how), generate_slow(lm, condition, 20, **how))
-
-
-@pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no CUDA device")
-def test_fast_bfloat16_is_asked_of_the_device():
-    assert has_fast_bfloat16(torch.device("cuda")) == (torch.cuda.get_device_capability() >= (8, 0))

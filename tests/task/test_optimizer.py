@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from vaura.errors import InputError
 from vaura.task.optimizer import Constant, Cosine, InverseSquareRoot, Optimizer, Schedule
 
 
@@ -100,3 +101,26 @@ def test_only_matrices_decay_and_only_what_learns_is_touched():
 def test_betas_from_a_configuration_list():
     made = Optimizer(lr=0.1, betas=[0.8, 0.9])(nn.Linear(2, 2), 10)
     assert {group["betas"] for group in made["optimizer"].param_groups} == {(0.8, 0.9)}
+
+
+@pytest.mark.parametrize("fused", [True, "auto"])
+def test_a_fused_update_is_the_plain_one(fused):
+    """Matrices and vectors, with decay, a schedule and clipping, over some steps."""
+    models = []
+    for how in (fused, False):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 1))
+        made = Optimizer(lr=0.01, weight_decay=0.1, schedule=Cosine(warmup=2), fused=how)(model, 8)
+        for step in range(6):
+            made["optimizer"].zero_grad()
+            model(torch.full((3, 6), float(step))).square().mean().backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+            made["optimizer"].step()
+            made["lr_scheduler"]["scheduler"].step()
+        models.append(model.state_dict())
+    torch.testing.assert_close(*models, rtol=1e-5, atol=1e-6)
+
+
+def test_a_way_to_update_that_does_not_exist():
+    with pytest.raises(InputError, match=r"task\.optimizer\.fused=yes is none of auto, true, false"):
+        Optimizer(lr=0.01, fused="yes")

@@ -5,9 +5,11 @@ import torch
 from torch import Tensor, nn
 
 from vaura.conditioner import ChannelConditioner
+from vaura.lm.engine import engine_for
 from vaura.lm.llama import TokenLM
+from vaura.lm.native import NoLibrary, library
 from vaura.lm.sampling import Guidance, Sampler
-from vaura.protocols import ABSENT
+from vaura.protocols import ABSENT, Condition
 from vaura.task.optimizer import Optimizer
 from vaura.task.token_prediction import TokenPrediction
 from vaura.timing import Window, cover
@@ -172,18 +174,138 @@ def test_the_sound_lasts_exactly_as_long_as_asked(duration, guidance):
     task = stir(make()).eval()
     features = torch.randn(2, cover(duration, 12.5), E)
     how = {"seeds": [0, 1], "sampler": SAMPLED, "guidance": guidance, "window": 0.4, "stride": 0.2}
-    wav = task.generate(features, duration, **how)
-    assert wav.shape == (2, 1, math.floor(duration * 600 + 0.5))
-    assert not wav.requires_grad
+    wavs = task.generate(features, duration, **how)
+    assert [wav.shape for wav in wavs] == [(1, math.floor(duration * 600 + 0.5))] * 2
+    assert not any(wav.requires_grad for wav in wavs)
 
 
 def test_a_sound_to_go_on_from_is_where_the_sound_begins():
     task, batch = stir(make()).eval(), some_batch(2)
     begun = batch["audio"][..., : 24 * 7]
     how = {"seeds": [0, 1], "sampler": SAMPLED, "guidance": 1.0, "window": 0.4, "stride": 0.2}
-    wav = task.generate(task.tokenise(batch)[1], 1.0, prompt=begun, **how)
+    wav = torch.stack(task.generate(task.tokenise(batch)[1], 1.0, prompt=begun, **how))
     assert torch.equal(wav[..., : 24 * 7], begun)
-    assert not torch.equal(wav, task.generate(task.tokenise(batch)[1], 1.0, **how))
+    assert not torch.equal(wav, torch.stack(task.generate(task.tokenise(batch)[1], 1.0, **how)))
+
+
+@pytest.mark.parametrize("loop", ["windows", "rolling"])
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_a_long_sound_sees_the_feature_of_each_instant(loop, guidance):
+    """An LM without layers that says what it sees: the number of a feature, in windows far behind the first too."""
+    task = make()
+    task.lm = TokenLM(K, V, num_layers=0, dim=2 * V, num_heads=1, channels=V, pattern="parallel")
+    for k in range(K):
+        nn.init.zeros_(task.lm.embeddings[k].weight)
+        task.lm.heads[k].weight.data = torch.eye(V, 2 * V)
+    shown = torch.randint(0, V, (60,), generator=torch.Generator().manual_seed(0))
+
+    class Label(nn.Module):
+        def forward(self, features, frames, drop=None, start=0):
+            at = torch.arange(start, start + frames) // 2  # two token frames a feature
+            channel = features[:, int(at[0]) : int(at[-1]) + 1][:, at - at[0]]
+            return Condition(channel if drop is None else torch.zeros_like(channel), start)
+
+    task.conditioner = Label()
+    how = {"seeds": [0], "sampler": Sampler(0.0), "guidance": guidance, "window": 0.8, "stride": 0.44, "loop": loop}
+    codes = task.eval().sample(torch.eye(V)[shown].unsqueeze(0), 4.8, **how)
+    assert torch.equal(codes, shown.repeat_interleave(2).expand(1, K, -1))
+
+
+@pytest.mark.parametrize("alignment", ["time", "repeat"])
+@pytest.mark.parametrize("guidance", [1.0, Guidance(3.0, end=1.5)], ids=["plain", "guided"])
+@pytest.mark.parametrize("loop", ["windows", "rolling"])
+@pytest.mark.parametrize("begun", [0, 7])
+@pytest.mark.parametrize("engine", ["torch", "native"])
+def test_clips_of_different_lengths_sound_as_they_do_alone(alignment, guidance, loop, begun, engine):
+    if loop == "rolling" and guidance != 1.0:
+        guidance = Guidance(3.0)
+    task = stir(make()).eval()
+    rate = {"feature_rate": 12.5, "frame_rate": 25.0}
+    task.conditioner = ChannelConditioner(E, 8, **rate, alignment=alignment, repeat=3 if alignment == "repeat" else None)
+    nn.init.normal_(task.conditioner.fc1.weight)
+    nn.init.normal_(task.conditioner.fc2.weight)
+    seconds, seeds = [0.5, 2.4, 1.0, 1.0, 0.96], [1, 2, 3, 3, 4]
+    # with "repeat" a feature lasts longer than it is on show, so more than a clip shows are never asked for
+    features = [torch.randn(1, cover(duration, 12.5) + 1, E) for duration in seconds]
+    prompt = some_batch(5)["audio"][..., : 24 * begun] if begun else None
+    made = engine_for(task.lm, "float32", engine if library_or_none() else "torch")
+
+    def codes(clips: list[int]) -> Tensor:
+        return task.sample(
+            [features[b] for b in clips],
+            [seconds[b] for b in clips],
+            seeds=[seeds[b] for b in clips],
+            sampler=SAMPLED,
+            guidance=guidance,
+            window=0.64,
+            stride=0.24,
+            loop=loop,
+            prompt=None if prompt is None else prompt[clips],
+            engine=made,
+        )
+
+    together = codes([0, 1, 2, 3, 4])
+    assert together.shape == (5, K, 60)
+    for b, duration in enumerate(seconds):
+        length = cover(duration, 25.0)
+        assert torch.equal(together[b : b + 1, :, :length], codes([b]))
+        assert (together[b, :, length:] == ABSENT).all()
+    assert not torch.equal(together[2], together[3])  # one seed, another picture
+
+
+def library_or_none() -> object:
+    try:
+        return library()
+    except NoLibrary:
+        return None
+
+
+def test_each_clip_is_decoded_to_its_own_end_and_no_further(monkeypatch):
+    task, seen = stir(make()).eval(), []
+    decode = task.tokenizer.decode
+    monkeypatch.setattr(task.tokenizer, "decode", lambda codes: seen.append(codes) or decode(codes))
+    seconds = [0.5, 1.0, 0.5]
+    features = [torch.randn(1, 13, E) for _ in seconds]
+    how = {"seeds": [0, 1, 2], "sampler": SAMPLED, "guidance": 2.0, "window": 0.4, "stride": 0.2}
+    wavs = task.generate(features, seconds, **how)
+    assert [wav.shape for wav in wavs] == [(1, round(duration * 600)) for duration in seconds]
+    assert sorted(len(codes) for codes in seen) == [1, 2]
+    assert all((codes != ABSENT).all() for codes in seen)
+
+
+def test_a_stream_is_the_sound_and_looks_no_further_than_it_must():
+    class Watched:
+        """Features that remember which of them were asked for."""
+
+        def __init__(self, features: Tensor) -> None:
+            self.features, self.shape, self.device, self.stop = features, features.shape, features.device, 0
+
+        def __len__(self) -> int:
+            return 1
+
+        def __getitem__(self, key):
+            self.stop = max(self.stop, key[1].stop)
+            return self.features[key]
+
+    class Streaming(Tones):
+        def stream(self, pieces):
+            yield from map(self.decode, pieces)
+
+    task = stir(make()).eval()
+    features = torch.randn(1, 50, E)
+    how = {"seeds": [5], "sampler": SAMPLED, "guidance": 2.0, "window": 0.8, "stride": 0.4}
+    (whole,) = task.generate(features, 3.99, **how)
+    assert torch.equal(torch.cat(list(task.stream([features], 3.99, **how)), 2)[0], whole)  # a tokenizer that cannot
+    task.tokenizer, watched = Streaming(), Watched(features)
+    stops, pieces = [], []
+    for piece in task.stream([watched], 3.99, **how):
+        assert not piece.requires_grad
+        pieces.append(piece)
+        stops.append(watched.stop)
+    assert torch.equal(torch.cat(pieces, 2)[0], whole)
+    assert len(stops) == 9
+    assert stops == sorted(stops)
+    assert (stops[0], stops[-1]) == (10, 50)
 
 
 def test_training_learns_to_look_at_the_picture():

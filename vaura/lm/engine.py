@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from vaura.errors import InputError, nearest
 from vaura.lm.llama import FactorisedEmbedding, TokenLM, rotary_table
 from vaura.lm.native import DTYPES, NativeCache, NoLibrary, Packed, quantise
+from vaura.precision import multiplies_bfloat16
 from vaura.protocols import ABSENT
 
 PRECISIONS = ("auto", *DTYPES)
@@ -88,7 +89,7 @@ def engine_for(lm: TokenLM, precision: str = "auto", engine: str = "auto", compi
             raise InputError(f"{key}={value} is none of {', '.join(known)}.{nearest(value, known)}")
     device = lm.norm.weight.device
     if precision == "auto":
-        precision = "bfloat16" if has_fast_bfloat16(device) else "float32"
+        precision = "bfloat16" if multiplies_bfloat16(device) else "float32"
     if engine == "native" and device.type != "cpu":
         raise InputError(f"engine=native runs on the CPU, and the model is on {device}; set engine=torch or device=cpu")
     if engine != "torch" and device.type == "cpu":
@@ -99,18 +100,6 @@ def engine_for(lm: TokenLM, precision: str = "auto", engine: str = "auto", compi
                 raise InputError(f"engine=native cannot run here: {reason}; set engine=torch") from reason
             warnings.warn(f"the CPU kernel is left aside, generation is slower without: {reason}", stacklevel=2)
     return TorchEngine(lm, precision, compiled)
-
-
-def has_fast_bfloat16(device: torch.device) -> bool:
-    """Whether products of bfloat16 are quicker there than those of float32."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_capability(device) >= (8, 0)
-    return device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported() and _has_bfloat16_products()
-
-
-def _has_bfloat16_products() -> bool:
-    told = [getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")]
-    return any(ask() for ask in told if ask is not None)
 
 
 # --- PyTorch ---

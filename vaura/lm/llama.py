@@ -26,10 +26,6 @@ from vaura.lm.pattern import delay, delays_of, undelay
 from vaura.protocols import ABSENT, Codebook, Condition
 
 
-WRITTEN_OUT = 512
-"""Steps up to which training on a CPU writes out the scores of attention; beyond, they would take too much memory."""
-
-
 @dataclass
 class KVCache:
     """Keys and values of the steps so far, a pair (B, H, slots, D/H) a layer, of fixed shape: nothing grows with the sound.
@@ -111,19 +107,6 @@ def rotate(x: Tensor, table: Tensor) -> Tensor:
     return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).type_as(x)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
-    """Softmax attention of q, k, v (B, H, S, D/H), among what `mask` (S, S) or, without one, `causal` lets be seen."""
-    if q.requires_grad and q.device.type == "cpu" and k.shape[2] <= WRITTEN_OUT:
-        # torch's fused attention takes twice as long backward on a CPU as these lines
-        scores = (q @ k.transpose(-1, -2)).float() * q.shape[-1] ** -0.5
-        if mask is None and causal:
-            mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
-        if mask is not None:
-            scores = scores.masked_fill(~mask, -torch.inf)
-        return scores.softmax(-1).type_as(v) @ v
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
-
-
 class Attention(nn.Module):
     def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()
@@ -136,7 +119,7 @@ class Attention(nn.Module):
         q, k = rotate(q, table), rotate(k, table)
         if cache is not None:
             k, v = cache.update(layer, slot, k, v)
-        y = attend(q, k, v, mask, causal=mask is None and x.shape[1] > 1)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and x.shape[1] > 1)
         return self.out(rearrange(y, "b h s d -> b s (h d)"))
 
 

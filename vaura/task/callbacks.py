@@ -25,6 +25,7 @@ from vaura.lm.sampling import Sampler
 from vaura.media.mel import LogMel
 from vaura.progress import bar
 from vaura.seeds import seed_of
+from vaura.task.sharding import whole
 from vaura.task.token_prediction import TokenPrediction
 from vaura.timing import count
 
@@ -66,7 +67,7 @@ class StepBar(Callback):
         note = None
         if time.monotonic() - self.looked >= SHOW or trainer.global_step >= self.bar.total:
             shown = {key: float(value) for key, value in trainer.progress_bar_metrics.items() if key != "v_num"}
-            note = "  ".join(f"{key} {value:.3f}" for key, value in shown.items())
+            note = "  ".join(f"{key} {value:.0f}" if value >= 100 else f"{key} {value:.3f}" for key, value in shown.items())
             self.looked = time.monotonic()
         self.bar.update(trainer.global_step, note)
 
@@ -82,7 +83,7 @@ class GradientNorm(Callback):
 
     def on_before_optimizer_step(self, trainer: Trainer, module: LightningModule, optimizer: torch.optim.Optimizer) -> None:
         gradients = [p.grad for p in module.parameters() if p.grad is not None]
-        module.log("train/gradient_norm", torch.stack([gradient.norm() for gradient in gradients]).norm())
+        module.log("train/gradient_norm", torch.stack([whole(gradient.norm()) for gradient in gradients]).norm())
 
 
 class FiniteLoss(Callback):

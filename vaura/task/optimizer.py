@@ -87,12 +87,21 @@ class Optimizer:
     """AdamW and a schedule; called with a module and the steps of its training, gives what Lightning wants of them.
 
     Weight decay is for matrices only: vectors (norms, biases) get none.
+
+    Args:
+        fused: update all parameters in one pass: "auto" (on a GPU and on a CPU), True or False. Raises InputError where True
+            cannot be.
     """
 
     lr: float
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.95)
     schedule: Schedule | None = None  # None: constant
+    fused: bool | str = "auto"
+
+    def __post_init__(self) -> None:
+        if self.fused not in ("auto", True, False):
+            raise InputError(f"task.optimizer.fused={self.fused} is none of auto, true, false")
 
     def __call__(self, module: nn.Module, steps: float) -> dict[str, Any]:
         parameters = [p for p in module.parameters() if p.requires_grad]
@@ -100,7 +109,14 @@ class Optimizer:
             {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": self.weight_decay},
             {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
         ]
-        optimizer = torch.optim.AdamW(groups, lr=self.lr, betas=(self.betas[0], self.betas[1]))
+        able = all(p.device.type in ("cpu", "cuda") for p in parameters)
+        if self.fused is True and not able:
+            raise InputError("task.optimizer.fused=true cannot run on this device; set it to auto")
+        fused = able and self.fused in ("auto", True)
+        optimizer = torch.optim.AdamW(groups, lr=self.lr, betas=(self.betas[0], self.betas[1]), fused=fused)
+        if fused:
+            # it need not undo the scale of a loss in half precision itself, or Lightning would refuse to clip its gradients
+            optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
         schedule = self.schedule or Constant()
         scheduler = _Scheduler(optimizer, lambda step: schedule.rate(step, self.lr, steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

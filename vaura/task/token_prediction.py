@@ -2,26 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from operator import attrgetter
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from lightning import LightningModule
 from torch import Tensor, nn
 
 from vaura.data.clips import Batch
-from vaura.errors import InputError
-from vaura.lm.generation import Progress, generate_rolling, generate_windows
+from vaura.encoder.lazy import LazyFeatures
+from vaura.errors import InputError, nearest
+from vaura.lm.engine import Engine
+from vaura.lm.generation import Progress, stream_rolling, stream_windows
 from vaura.lm.llama import TokenLM
 from vaura.lm.sampling import Guidance, Sampler
 from vaura.protocols import ABSENT, Condition, Conditioner, Encoder, Tokenizer
 from vaura.task.optimizer import Optimizer
+from vaura.task.sharding import gather, part_again, shard
 from vaura.timing import PUBLISHED_FPS, PUBLISHED_SEGMENT, Window, count, floor, published_windows, windows
 
 LOOPS = ("windows", "rolling", "published")
-"""Ways to go on beyond a window, see `TokenPrediction.sample`."""
+"""Ways to go on beyond a window, see `TokenPrediction.codes`."""
 
 FROZEN = ("tokenizer.", "encoder.")
+
+Looked = Tensor | Sequence[Tensor | LazyFeatures]
+"""Features (B, M, E) of clips, or of each clip its own, (1, M, E)."""
+
+
+def can_compile(device: torch.device) -> bool:
+    """Whether torch can compile for `device` here; says in one sentence why not."""
+    try:
+        torch.compile(torch.neg)(torch.ones(1, device=device))
+    except Exception as error:  # torch has a different one for each thing that may be missing
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        warnings.warn(f"task.compile=blocks has no effect, since torch cannot compile for {device} here: {first}", stacklevel=2)
+        return False
+    return True
 
 
 class TokenPrediction(LightningModule):
@@ -38,6 +59,9 @@ class TokenPrediction(LightningModule):
         hide_last: whether training hides the codes of a clip's last frame from the LM, as V-AURA does; generation shows them.
         embed_like_codec: begin with the codec's own vectors of its codes, as V-AURA means to, where it offers them. Raises
             InputError where they have other widths.
+        compile: "blocks": compile the LM's blocks when training starts, see `TokenLM.compile_blocks`; False: do not.
+        checkpoint_activations: True: compute the inside of every block again in the backward pass, and keep it in memory no
+            longer; a number: of the first of so many blocks; False: of none. Losses and gradients stay the same.
     """
 
     def __init__(
@@ -51,11 +75,19 @@ class TokenPrediction(LightningModule):
         hide_history: float = 0.0,
         hide_last: bool = False,
         embed_like_codec: bool = False,
+        compile: bool | str = False,
+        checkpoint_activations: bool | int = False,
     ) -> None:
         super().__init__()
+        if compile not in (False, "blocks"):
+            raise InputError(f"task.compile={compile} is none of false, blocks." + nearest(str(compile), ["false", "blocks"]))
+        if checkpoint_activations < 0:
+            raise InputError(f"task.checkpoint_activations={checkpoint_activations} is none of false, true, a number of blocks")
+        self.compiled, self.learnt_from, self.divided = compile, (0, 0), False
         self.tokenizer, self.encoder, self.optimizer_of = tokenizer, encoder, optimizer
         self.drop_condition, self.hide_history, self.hide_last = drop_condition, hide_history, hide_last
         self.lm = lm(num_codebooks=tokenizer.num_codebooks, codebook_size=tokenizer.codebook_size)
+        self.lm.checkpoint_every = int(checkpoint_activations)
         if embed_like_codec and (codebooks := getattr(tokenizer, "codebooks", None)):
             self.lm.embed_like(codebooks())
         self.conditioner = conditioner(
@@ -87,11 +119,13 @@ class TokenPrediction(LightningModule):
     def losses(self, batch: Batch, given: Callable[[Tensor], Tensor], drop: Tensor | None) -> Tensor:
         """Cross-entropy of each codebook (K,), in nats; `given` says what of the codes the LM may read."""
         codes, features = self.tokenise(batch)
+        self.learnt_from = (codes.shape[0], codes.shape[2])  # clips and token frames of the last batch
         condition = self.conditioner(features, codes.shape[2], drop)
         return self.lm.loss(codes, condition, given(codes))
 
     def training_step(self, batch: Batch | None, index: int) -> Tensor:
         if batch is None:  # nothing could be read; other processes of a distributed run still wait for gradients
+            self.learnt_from = (0, 0)
             return torch.stack([p.sum() for p in self.parameters() if p.requires_grad]).sum() * 0.0
         drop = torch.rand(len(batch["id"]), device=self.device) < self.drop_condition
         losses = self.losses(batch, self._hide, drop)
@@ -110,6 +144,26 @@ class TokenPrediction(LightningModule):
         if not self.trainer.strategy.reduce_boolean_decision(self.validated, all=False):
             raise InputError("none of the validation clips can be read, so nothing can be validated; see the warnings above")
 
+    def configure_model(self) -> None:
+        """Divide the parameters among the processes, where the trainer's strategy is fsdp2 and this is to learn."""
+        if self.device_mesh is not None and not self.divided and self.trainer.state.fn == "fit":
+            shard(self.lm, self.conditioner, self.device_mesh["data_parallel"])
+            self.divided = True
+            self.strict_loading = False  # Lightning knows nothing of frozen parts; a checkpoint's names are checked before
+
+    def on_fit_start(self) -> None:
+        if self.compiled and can_compile(self.device):
+            self.lm.compile_blocks()
+            self.compiled = False  # is done
+
+    def on_validation_start(self) -> None:
+        if self.divided:  # processes may have different numbers of batches, and one alone generates
+            gather(self)
+
+    def on_validation_end(self) -> None:
+        if self.divided:
+            part_again(self)
+
     def configure_optimizers(self) -> Any:
         return self.optimizer_of(self, self.trainer.estimated_stepping_batches)
 
@@ -117,19 +171,47 @@ class TokenPrediction(LightningModule):
         if batch is not None:
             self._log("test", self.losses(batch, self._hide_end, None), len(batch["id"]))
 
-    def generate(self, features: Tensor, duration: float, **how: Any) -> Tensor:
-        """features (B, M, E) of `duration` seconds -> wav (B, A, N) of exactly that length; `how` is that of `sample`.
+    @torch.no_grad()
+    def generate(self, features: Looked, duration: float | Sequence[float], **how: Any) -> list[Tensor]:
+        """A wav (A, N) for each clip, of exactly its `duration` in seconds; the arguments are those of `codes`.
 
         The loop "published" ends where its 86 token frames a second end.
         """
-        wav = self.tokenizer.decode(self.sample(features, duration, **how))
-        return wav[..., : count(duration, self.tokenizer.sample_rate)]
+        pieces, lengths, seconds = self.codes(features, duration, **how)
+        codes = torch.cat(list(pieces), dim=2)
+        wavs: list[Tensor] = [codes] * len(seconds)
+        for length in set(lengths):
+            rows = [b for b, own in enumerate(lengths) if own == length]
+            for b, wav in zip(rows, self.tokenizer.decode(codes[rows, :, :length]), strict=True):
+                wavs[b] = wav[:, : count(seconds[b], self.tokenizer.sample_rate)]
+        return wavs
 
     @torch.no_grad()
-    def sample(
+    def stream(self, features: Looked, duration: float, **how: Any) -> Iterator[Tensor]:
+        """The sound that `generate` makes of clips of one length, (B, A, n) after (B, A, n), each as soon as it is certain.
+
+        A tokenizer that cannot decode as codes come gives all of it at the end.
+        """
+        pieces, _, _ = self.codes(features, duration, **how)
+        decode = getattr(self.tokenizer, "stream", None) or self._decode_at_end
+        left = count(duration, self.tokenizer.sample_rate)
+        for wav in decode(pieces):
+            if wav.shape[-1] and left:
+                yield wav[..., :left]
+                left -= min(wav.shape[-1], left)
+
+    def _decode_at_end(self, pieces: Iterator[Tensor]) -> Iterator[Tensor]:
+        yield self.tokenizer.decode(torch.cat(list(pieces), dim=2))
+
+    @torch.no_grad()
+    def sample(self, features: Looked, duration: float | Sequence[float], **how: Any) -> Tensor:
+        """Codes (B, K, T), ABSENT past the end of the shorter clips; the arguments are those of `codes`."""
+        return torch.cat(list(self.codes(features, duration, **how)[0]), dim=2)
+
+    def codes(
         self,
-        features: Tensor,
-        duration: float,
+        features: Looked,
+        duration: float | Sequence[float],
         *,
         seeds: list[int],
         sampler: Sampler,
@@ -139,45 +221,88 @@ class TokenPrediction(LightningModule):
         prompt: Tensor | None = None,
         loop: str = "windows",
         progress: Progress | None = None,
-    ) -> Tensor:
-        """features (B, M, E) of `duration` seconds -> codes (B, K, T).
+        engine: Engine | None = None,
+    ) -> tuple[Iterator[Tensor], list[int], list[float]]:
+        """Codes (B, K, n) as they become certain; and of each clip its token frames, behind which there is ABSENT, and seconds.
 
         Args:
+            features: (B, M, E), or of each clip its own (1, M, E), which are looked at when a window begins.
+            duration: seconds of all clips, or of each. A clip's codes are those it has alone.
             window, stride: seconds generated at once, and between the beginnings of two windows.
             prompt: wav (B, A, N') that the sound begins with; what does not fill a token frame is left out.
             loop: "windows" (each prompted by the one before), "rolling" (one stream through a cache that forgets) or
-                "published" (V-AURA's own windows, with its token rate of 86 Hz; they drift).
+                "published" (V-AURA's own windows, with its token rate of 86 Hz; they drift; clips of one length).
+            engine: what runs the LM; None: the LM as it is.
         """
         rate, guidance = self.tokenizer.frame_rate, Guidance.of(guidance)
-        codes = None
+        looked = list(features.split(1)) if isinstance(features, Tensor) else list(features)
+        seconds = list(duration) if isinstance(duration, Sequence) else [float(duration)] * len(looked)
+        given = None
         if prompt is not None:
             whole = floor(prompt.shape[2] / self.tokenizer.sample_rate, rate)
-            codes = self.tokenizer.encode(prompt.to(self.device))[:, :, :whole]
-        how = {"seeds": seeds, "sampler": sampler, "guidance": guidance, "prompt": codes, "progress": progress}
+            given = self.tokenizer.encode(prompt.to(self.device))[:, :, :whole]
+        lm: Engine | TokenLM = self.lm if engine is None else engine
+        how = {"seeds": seeds, "sampler": sampler, "guidance": guidance, "progress": progress}
         if loop == "published":
-            pairs = published_windows(duration, stride)
-            segments = dict(pairs)
-            how["prompt"] = None if codes is None else codes[:, :, : pairs[-1][0].stop]
-            return generate_windows(
-                self.lm,
-                lambda span: self.condition(self._segments(features, segments[span]), None, guidance),
-                [span for span, _ in pairs],
-                **how,
-            )
-        spans = windows(self.tokenizer.num_frames(duration), rate, window, stride)
-        follow = generate_rolling if loop == "rolling" else generate_windows
-        return follow(self.lm, lambda span: self.condition(features, span, guidance), spans, **how)
+            pairs = published_windows(seconds[0], stride)
+            if any(other != seconds[0] for other in seconds):
+                raise ValueError("loop=published draws clips of one length together")
+            segments, spans = dict(pairs), [span for span, _ in pairs]
+            every = torch.cat([each[:, 0 : each.shape[1]] for each in looked])
+            given = None if given is None else given[:, :, : spans[-1].stop]
 
-    def condition(self, features: Tensor, span: Window | None, guidance: Guidance) -> Condition:
+            def segmented(span: Window) -> Condition:
+                return self.condition(self._segments(every, segments[span]), None, guidance)
+
+            return stream_windows(lm, segmented, spans, prompt=given, **how), [spans[-1].stop] * len(looked), seconds
+        lengths = [self.tokenizer.num_frames(each) for each in seconds]
+        spans = windows(max(lengths), rate, window, stride)
+        follow = stream_rolling if loop == "rolling" else stream_windows
+
+        last = [next(span for span in spans if span.stop >= length) for length in lengths]  # which a clip has alone
+
+        def seen(span: Window) -> Condition:
+            own = [min(span, ends, key=attrgetter("start")) for ends in last]
+            own = [Window(each.start, min(each.stop, length), 0) for each, length in zip(own, lengths, strict=True)]
+            condition = self._together(looked, own, span.start, guidance)
+            return condition if loop == "rolling" else replace(condition, start=0)  # a window is counted from its beginning
+
+        return follow(lm, seen, spans, prompt=given, lengths=lengths, **how), lengths, seconds
+
+    def _together(
+        self, features: Sequence[Tensor | LazyFeatures], spans: Sequence[Window], start: int, guidance: Guidance
+    ) -> Condition:
+        """The conditions that clips would each have alone in windows of their own, from token frame `start` on.
+
+        They lie one below the other; with guidance their nulls follow.
+        """
+        known: dict[tuple[int, Window], Tensor] = {}
+        for own, span in zip(features, spans, strict=True):
+            if (id(own), span) not in known:
+                channel = self.condition(own, span, guidance).channel
+                assert channel is not None
+                known[id(own), span] = channel[:, start - span.start :]
+        channels = [known[id(own), span] for own, span in zip(features, spans, strict=True)]
+        ends = [channel.shape[1] for channel in channels]
+        rows = torch.stack([F.pad(channel, (0, 0, 0, max(ends) - end)) for channel, end in zip(channels, ends, strict=True)], 1)
+        differing = None if min(ends) == max(ends) else torch.tensor(ends, device=rows.device).repeat(len(rows))
+        return Condition(rows.flatten(0, 1), start, differing)
+
+    def condition(self, features: Tensor | LazyFeatures, span: Window | None, guidance: Guidance) -> Condition:
         """The condition of a window (None: of as many frames as the features last), with guidance followed by its null."""
         if span is None:
             repeat = self.conditioner.repeat  # type: ignore[attr-defined]
             span = Window(0, features.shape[1] * repeat, 0)
         frames = span.stop - span.start
+        # the conditioner takes of the features what it looks at, be they all there or not
+        given = self.conditioner(features, frames, None, span.start)  # type: ignore[arg-type]
         if not guidance.on:
-            return self.conditioner(features, frames, None, span.start)
-        null = torch.arange(2 * len(features), device=features.device) >= len(features)
-        return self.conditioner(torch.cat([features, features]), frames, null, span.start)
+            return given
+        drop = torch.ones(len(features), dtype=torch.bool, device=features.device)
+        null = self.conditioner(features, frames, drop, span.start)  # type: ignore[arg-type]
+        assert given.channel is not None
+        assert null.channel is not None
+        return replace(given, channel=torch.cat([given.channel, null.channel]))
 
     def _segments(self, features: Tensor, wanted: range) -> Tensor:
         """The features of some segments, counted round and round as the published windows do.
