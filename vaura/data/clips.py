@@ -34,6 +34,7 @@ class ClipDataset(Dataset):
         fps, size: frames a second and side of the square picture, pixels.
         sample_rate, channels: of the sound.
         resize: short side of the picture before the square is cut, pixels; None: `size`.
+        reader: what decodes the picture, see `read_video`.
         flip: share of the items that are mirrored.
     """
 
@@ -47,12 +48,13 @@ class ClipDataset(Dataset):
         sample_rate: int,
         channels: int,
         resize: int | None = None,
+        reader: str = "pyav",
         random_start: bool = False,
         random_crop: bool = False,
         flip: float = 0.0,
         seed: int = 0,
     ) -> None:
-        self.clips, self.duration, self.resize = clips, duration, resize
+        self.clips, self.duration, self.resize, self.reader = clips, duration, resize, reader
         self.fps, self.size, self.sample_rate, self.channels = fps, size, sample_rate, channels
         self.random_start, self.random_crop, self.flip, self.seed = random_start, random_crop, flip, seed
         self.kept: dict[int, Batch | str] | None = None
@@ -81,9 +83,9 @@ class ClipDataset(Dataset):
         return self.random_start or self.random_crop or self.flip > 0
 
     @property
-    def reading(self) -> dict[str, float]:
+    def reading(self) -> dict[str, Any]:
         """What an item depends on besides its file, span and view."""
-        names = ("duration", "fps", "size", "resize", "sample_rate", "channels")
+        names = ("duration", "fps", "size", "resize", "reader", "sample_rate", "channels")
         return {name: getattr(self, name) for name in names}
 
     def __getitem__(self, key: tuple[int, int]) -> Batch | None:
@@ -100,7 +102,7 @@ class ClipDataset(Dataset):
             return self.kept[index]
         clip, start = self.clips[index], self.start_of(epoch, index)
         place, flip = self.view_of(epoch, index)
-        size = {"size": self.size, "resize": self.resize}
+        size = {"size": self.size, "resize": self.resize, "reader": self.reader}
         try:
             video = read_video(clip.video, start, self.duration, self.fps, **size, place=place, flip=flip)
             audio = read_audio(clip.video, start, self.duration, self.sample_rate, self.channels)

@@ -19,6 +19,7 @@ from vaura.data.shards import NUMBERS, KeptClips, Tokenise
 from vaura.errors import InputError
 from vaura.files import make_folder
 from vaura.media.content import Contents
+from vaura.media.video import READERS
 from vaura.progress import Bar, bar
 
 TELL = 10
@@ -161,6 +162,7 @@ class VideoData:
         cache: a folder that keeps codes and features, see `shards.py`; None: they are made anew in every step.
         takes: spans and views of each training clip kept there; epoch e shows number e % takes.
         cache_format: float32 or bfloat16, how features are kept.
+        reader: "pyav" or "torchcodec", what decodes pictures.
         val_share: share of a folder's videos kept for validation.
         seed: of the order and the cuts.
         fps, size, sample_rate, channels: what the encoder and the tokenizer want.
@@ -184,6 +186,7 @@ class VideoData:
         cache: str | None = None,
         takes: int = 1,
         cache_format: str = "float32",
+        reader: str = "pyav",
         val_share: float,
         seed: int,
         fps: float,
@@ -198,6 +201,8 @@ class VideoData:
                 "data.keep_in_memory=true needs the same span and picture every epoch: set data.random_start=false, "
                 "data.random_crop=false and data.flip=0"
             )
+        if reader not in READERS:
+            raise InputError(f"data.reader is '{reader}'; choose from {', '.join(READERS)}")
         if cache_format not in NUMBERS:
             raise InputError(f"data.cache_format is '{cache_format}'; choose from {', '.join(NUMBERS)}")
         if takes < 1:
@@ -225,7 +230,7 @@ class VideoData:
         if "train" in needs:
             self.clips["val"]  # whose list, where it is missing, is missed now and not after the first stages
         self._reading = {"duration": duration, "fps": fps, "size": size, "sample_rate": sample_rate, "channels": channels}
-        self._reading |= {"resize": resize, "seed": seed}
+        self._reading |= {"resize": resize, "reader": reader, "seed": seed}
         self._training = {"random_start": random_start, "random_crop": random_crop, "flip": flip}
         self._keep = keep_in_memory
         self._datasets: dict[str, ClipDataset] = {}

@@ -91,24 +91,33 @@ def chain(parts: Iterable[Reach]) -> Reach:
     return whole
 
 
-def stream(run: Callable[[Tensor], Tensor], reach: Reach, pieces: Iterable[Tensor]) -> Iterator[Tensor]:
+def stream(
+    run: Callable[[Tensor], Tensor], reach: Reach, pieces: Iterable[Tensor], *, at_once: bool = False
+) -> Iterator[Tensor]:
     """`run` of a signal that comes in pieces (..., n), in pieces (..., m), as if both were whole.
 
     `run` has the reach given and pads what it takes for the ends of a signal by itself. All pieces but the last are multiples
     of its grid. A piece may be shorter than the reach: its output follows with a later one.
+
+    Of a piece it must be known whether another follows, so each is worked on when the next has come. With `at_once` none is
+    waited for, and the end of the signal, as long as the reach, is run once more when no other comes.
     """
     rest = iter(pieces)
     held, begun, given = next(rest, None), 0, 0  # inputs, the place of the first of them, outputs given away
     while held is not None:
-        following = next(rest, None)
+        following = None if at_once else next(rest, None)
+        ended = following is None and not at_once
         ready = reach.ready(begun + held.shape[-1])
-        if following is None or ready > given:
+        if ended or ready > given:
             first = int(begun / reach.step)
-            out = run(held)
-            yield out[..., given - first : None if following is None else ready - first]
+            yield run(held)[..., given - first : None if ended else ready - first]
             given = ready
             kept = reach.start(given)
             held, begun = held[..., kept - begun :], kept
+        if at_once:
+            following = next(rest, None)
+            if following is None and held.shape[-1]:
+                yield run(held)[..., given - int(begun / reach.step) :]
         held = None if following is None else torch.cat([held, following], -1)
 
 

@@ -18,7 +18,6 @@ from typing import Literal, NamedTuple
 import av
 import numpy as np
 import torch
-import torch.nn.functional as F
 from av.audio.frame import AudioFrame
 from av.audio.stream import AudioStream
 from av.container import InputContainer
@@ -26,12 +25,15 @@ from av.error import FFmpegError
 from av.packet import Packet
 from av.stream import Stream
 from av.video.frame import VideoFrame
-from av.video.reformatter import VideoReformatter
 from av.video.stream import VideoStream
 from torch import Tensor
 
 from vaura import timing
 from vaura.errors import InputError
+from vaura.media.pixels import CENTRE, UPRIGHT, Converter, turn, view
+from vaura.media.pixels import crop as crop  # known from here
+from vaura.media.pixels import resized as resized
+from vaura.media.torchcodec_door import frames_at
 
 HOLD = Fraction(1, 50)
 """Seconds past one frame interval for which the last frame may stand in for a picture that ends early."""
@@ -41,7 +43,7 @@ HALF_TICK = Fraction(1, 2000)
 
 ATTACHED_PICTURE = 0x0400
 
-CENTRE = (0.5, 0.5)
+READERS = ("pyav", "torchcodec")
 
 
 @dataclass(frozen=True)
@@ -63,26 +65,6 @@ class Shown(NamedTuple):
     frame: VideoFrame
     begin: Fraction
     end: Fraction
-
-
-class Turn(NamedTuple):
-    """How stored pixels become the upright picture: first transposed, then mirrored."""
-
-    transpose: bool
-    left_right: bool
-    up_down: bool
-
-    def size(self, width: int, height: int) -> tuple[int, int]:
-        """Width and height after the turn."""
-        return (height, width) if self.transpose else (width, height)
-
-    def __call__(self, image: np.ndarray) -> np.ndarray:
-        """image (H, W, 3) -> upright view."""
-        image = image.transpose(1, 0, 2) if self.transpose else image
-        return image[:: -1 if self.up_down else 1, :: -1 if self.left_right else 1]
-
-
-UPRIGHT = Turn(False, False, False)
 
 
 def probe(path: str | Path) -> Probe:
@@ -115,6 +97,7 @@ def read_video(
     place: tuple[float, float] = CENTRE,
     flip: bool = False,
     hold: bool = False,
+    reader: Literal["pyav", "torchcodec"] = "pyav",
 ) -> Tensor:
     """Frames on screen at start, start + 1/fps, ...: (F, 3, H, W) uint8 RGB with F = timing.count(duration, fps).
 
@@ -125,11 +108,17 @@ def read_video(
         size: side of the square cut out, pixels; None: the whole picture.
         resize: short side before that, pixels; None: `size`. One other than `size` gives the very grey levels of torchvision's
             antialiased Resize; `size` itself is reached while colours are converted, which is quicker and a few levels off.
+            A picture that has this short side already, and one without `size`, has the levels of FFmpeg's plain conversion.
         place: where the square is cut, as shares of what is left over beside it and above it.
         flip: mirror left and right.
         hold: show the last frame for as long as is asked, if only `start` lies within the picture; else for at most one source
             frame and `HOLD`.
+        reader: what decodes. "torchcodec" shows the same frames at the same instants, at most a few grey levels off; it leaves
+            turned pictures to PyAV and does not tell of damage that FFmpeg conceals. It wants a package and FFmpeg of the
+            system, see `torchcodec_door`.
     """
+    if reader not in READERS:
+        raise InputError(f"there is no reader {reader!r}; choose one of {', '.join(READERS)}")
     check_span(path, start, duration)
     if fps <= 0 or (size is not None and size < 1):
         raise InputError(f"cannot read {path} at {fps} frames a second and size {size}: both must be above 0")
@@ -140,15 +129,22 @@ def read_video(
     frames = timing.count(span, fps) if span > 0 else 0
     if frames < 1:
         raise InputError(f"{path} has no frame to give from {start:g} s on at {fps:g} frames a second; begin earlier")
+    if reader == "torchcodec":
+        read = _by_torchcodec(
+            path, [begin + i / timing.exact(fps) for i in range(frames)], begin if hold else begin + span, begin + span
+        )
+        if read is not None:
+            return view(read, size, resize, place, flip)
     convert = Converter(size, resize, place, flip)
-    video, filled = torch.empty(0), 0
+    video, filled = np.empty(0, np.uint8), 0
 
     def fill(shown: Shown, stop: int) -> None:
         nonlocal video, filled
-        image = convert(shown.frame)
+        planes = convert(shown.frame)
         if not filled:
-            video = torch.empty(frames, *image.shape, dtype=torch.uint8)
-        video[filled:stop] = image
+            video = np.empty((frames, 3, *planes[0].shape), np.uint8)  # numpy asks for large pages, which are there at once
+        for channel, plane in enumerate(planes):
+            video[filled:stop, channel] = plane
         filled = stop
 
     for shown in on_screen(path, begin):
@@ -156,74 +152,35 @@ def read_video(
         if stop > filled:
             fill(shown, stop)
         if filled == frames:
-            return video
+            return torch.from_numpy(video)
     with open_media(path) as file:
-        spare = interval(picture(file, path)) + HOLD
-    if (begin if hold else begin + span) - shown.end > spare:
+        _check_lasts(path, shown.end, begin if hold else begin + span, interval(picture(file, path)), begin, begin + span)
+    fill(shown, frames)
+    return torch.from_numpy(video)
+
+
+def _check_lasts(path: str | Path, end: Fraction, wanted: Fraction, beat: Fraction, begin: Fraction, stop: Fraction) -> None:
+    """Raise InputError where the last frame, which ends at `end`, cannot stand in until `wanted`."""
+    if wanted - end > beat + HOLD:
         raise InputError(
-            f"{path} shows a picture for {float(shown.end):.2f} s, but {start:g} s to {float(begin + span):g} s was asked; "
+            f"{path} shows a picture for {float(end):.2f} s, but {float(begin):g} s to {float(stop):g} s was asked; "
             "ask for less or leave the clip out"
         )
-    fill(shown, frames)
+
+
+def _by_torchcodec(path: str | Path, instants: list[Fraction], wanted: Fraction, stop: Fraction) -> Tensor | None:
+    """Frames (F, 3, H, W) on screen at `instants` of the time line, as they are stored; None where they are not upright."""
+    with open_media(path) as file:
+        stream = picture(file, path)
+        line, beat, pace = origin(file), tick(stream), interval(stream)
+        first = next((frame for packet in packets(file, stream, path) for frame in decode(packet, path)), None)
+    if first is not None and turn(first) != UPRIGHT:
+        return None
+    forgiven = min(beat / 2, HALF_TICK)
+    video, end = frames_at(path, [float(line + instant + forgiven) for instant in instants])
+    if line + instants[-1] + forgiven >= end:
+        _check_lasts(path, Fraction(end) - line, wanted, pace, instants[0], stop)
     return video
-
-
-class Converter:
-    """Decoded frames -> upright RGB (3, H, W) uint8 of the wanted size; one scaler serves all frames of a file."""
-
-    def __init__(
-        self,
-        size: int | None = None,
-        resize: int | None = None,
-        place: tuple[float, float] = CENTRE,
-        flip: bool = False,
-    ):
-        self.size, self.place, self.flip = size, place, flip
-        self.resize = None if resize == size else resize
-        self.scaler = VideoReformatter()
-        self.shape: tuple[int, int] | None = None
-
-    def __call__(self, frame: VideoFrame) -> Tensor:
-        if self.shape is None:
-            self.shape = self._shape(frame)
-        # BILINEAR in swscale widens its filter when it shrinks, so it is antialiased
-        scaled = self.scaler.reformat(frame, *self.shape, "rgb24", interpolation="BILINEAR")
-        image = torch.from_numpy(np.ascontiguousarray(turn(frame)(scaled.to_ndarray()))).permute(2, 0, 1)
-        if self.resize is not None:
-            image = resized(image, self.resize)
-        if self.size is not None:
-            image = crop(image, self.size, self.place)
-        return image.flip(-1) if self.flip else image
-
-    def _shape(self, frame: VideoFrame) -> tuple[int, int]:
-        """Width and height that colours are converted to."""
-        if self.size is None or self.resize is not None:
-            return frame.width, frame.height
-        short = min(frame.width, frame.height)
-        return round(frame.width * self.size / short), round(frame.height * self.size / short)
-
-
-def resized(image: Tensor, short: int) -> Tensor:
-    """image (..., 3, H, W) uint8, its short side made `short` pixels and its long side in proportion, rounded down.
-
-    A smaller one grows. Bilinear with antialiasing: equal to torchvision's Resize.
-    """
-    height, width = image.shape[-2:]
-    if min(height, width) == short:
-        return image
-    shape = (short, short * width // height) if height <= width else (short * height // width, short)
-    flat = image.reshape(-1, *image.shape[-3:])
-    return F.interpolate(flat, shape, mode="bilinear", antialias=True).reshape(*image.shape[:-2], *shape)
-
-
-def crop(image: Tensor, size: int, place: tuple[float, float] = CENTRE) -> Tensor:
-    """The square of `size` pixels that leaves the shares `place` of the rest on its left and above it; a view.
-
-    In the centre equal to torchvision's CenterCrop, which rounds halves to even numbers.
-    """
-    height, width = image.shape[-2:]
-    left, top = round((width - size) * place[0]), round((height - size) * place[1])
-    return image[..., top : top + size, left : left + size]
 
 
 def segment_starts(frames: int, segment: int, count: int | None = None) -> list[int]:
@@ -320,16 +277,6 @@ def interval(stream: VideoStream) -> Fraction:
     return 1 / Fraction(rate) if rate else Fraction(1, 25)
 
 
-def turn(frame: VideoFrame) -> Turn:
-    """The right-angled turn in the frame's display matrix [[a, b], [c, d]], where x' = ax + cy and y' = bx + dy."""
-    matrix = frame.side_data.get("DISPLAYMATRIX")
-    if matrix is None:
-        return UPRIGHT
-    a, b, _, c, d = np.frombuffer(bytes(matrix), dtype=np.int32)[:5]
-    transpose = abs(int(b)) > abs(int(a))
-    return Turn(transpose, bool((c if transpose else a) < 0), bool((b if transpose else d) < 0))
-
-
 def end_of(path: str | Path, kind: Literal["video", "audio"]) -> Fraction:
     """Second of the time line at which the last packet of the picture or of the sound ends: headers may lie, packets do not.
 
@@ -405,58 +352,108 @@ def on_screen(path: str | Path, start: Fraction) -> Iterator[Shown]:
     Before the first frame the first is on screen. Decoding begins at a key frame at or before `start`, so that the frames are
     those which decoding from the beginning gives. InputError where it fails.
     """
-    held: Shown | None = None
-    for shown in _decode_from(path, start):
-        if held is not None and shown.begin <= held.begin:
-            continue
-        if held is not None and shown.begin > start + _forgiven(shown.frame):
-            yield held._replace(end=shown.begin)
-        held = shown
-    if held is None:
-        raise InputError(f"{path} holds no picture that can be decoded; replace the file")
-    yield held
-
-
-def _decode_from(path: str | Path, start: Fraction) -> Iterator[Shown]:
-    """Decoded frames; the first one begins at or before `start` if there is such a frame."""
-    back = Fraction(0)
+    back, sparing = Fraction(0), True
     while True:
         with open_media(path) as file:
             stream = picture(file, path)
-            clock = origin(file) + start - back
-            whole = stream.start_time is None or clock <= stream.start_time * tick(stream)
-            whole = whole or not _seek(file, stream, math.floor(clock / tick(stream)))
-            frames = _decode(file, stream, path, whole)
-            first = next(frames, None)
-            if first is not None and (whole or first.begin <= start + _forgiven(first.frame)):
-                yield first
-                yield from frames
-                return
-            if whole:
-                return
-        # the key frame was too late (seeking goes by decoding time) or its picture refreshes slowly: begin earlier
-        back = 2 * back + 1
+            beat, line = tick(stream), origin(file)
+            clock = line + start - back
+            whole = stream.start_time is None or clock <= stream.start_time * beat
+            whole = whole or not _seek(file, stream, math.floor(clock / beat))
+            last = math.floor((line + start + min(beat / 2, HALF_TICK)) / beat)  # the last stamp that has come by `start`
+            spared = _Spared(stream, last if sparing else None)
+            frames = _ascending(_decode(file, stream, path, whole, spared))
+            held = next(frames, None)
+            after: _Decoded | None = None
+            if held is None and whole:
+                raise InputError(f"{path} holds no picture that can be decoded; replace the file")
+            if held is None or (held.stamp > last and not whole):
+                # the key frame was too late (seeking goes by decoding time) or its picture refreshes slowly: begin earlier
+                back = 2 * back + 1
+                continue
+            for decoded in frames:
+                if decoded.stamp > last:
+                    after = decoded
+                    break
+                held = decoded
+            if spared.newest > held.stamp:
+                sparing = False  # frames are further apart than they say
+                continue
+            while after is not None:
+                yield Shown(held.frame, held.stamp * beat - line, after.stamp * beat - line)
+                held, after = after, next(frames, None)
+            length = held.length * beat or interval(stream)
+            yield Shown(held.frame, held.stamp * beat - line, held.stamp * beat + length - line)
+            return
 
 
-def _decode(file: InputContainer, stream: VideoStream, path: str | Path, whole: bool) -> Iterator[Shown]:
+class _Decoded(NamedTuple):
+    """A frame, its stamp and the length its packet tells (0: none), in counts of its stream."""
+
+    frame: VideoFrame
+    stamp: int
+    length: int
+
+
+class _Spared:
+    """Tells an h264 decoder to leave out what is over by the stamp `last` and what no other frame is made from.
+
+    `nal_ref_idc` says so for certain, hence all other frames are the same to the bit; other codecs have no such word. Of the
+    last few frames before `last` none is left out, so that the decoder has met reordered ones when frames begin to count.
+    `newest` is the stamp of the last one that may be missing. Frames may lie apart further than their packets tell: then the
+    one on screen at `last` may be missing, and comes before `newest`.
+    """
+
+    MARGIN = 8
+
+    def __init__(self, stream: VideoStream, last: int | None) -> None:
+        self.context = stream.codec_context
+        self.last = last if self.context.name == "h264" else None
+        self.newest = -math.inf
+        self.on = False
+
+    def __call__(self, packet: Packet) -> None:
+        """To be called before a packet is decoded."""
+        if self.last is None:
+            return
+        stamp, length = packet.pts, packet.duration
+        on = False
+        if stamp is not None and length:
+            on = stamp + self.MARGIN * length <= self.last
+            self.newest = max(self.newest, stamp) if on else self.newest
+        if on != self.on:
+            self.context.skip_frame = "NONREF" if on else "DEFAULT"
+            self.on = on
+
+
+def _ascending(frames: Iterator[_Decoded]) -> Iterator[_Decoded]:
+    """Without those that do not come after the one before."""
+    newest = -math.inf
+    for decoded in frames:
+        if decoded.stamp > newest:
+            newest = decoded.stamp
+            yield decoded
+
+
+def _decode(file: InputContainer, stream: VideoStream, path: str | Path, whole: bool, spared: _Spared) -> Iterator[_Decoded]:
     """Decode from the file's position on. Unless that is the beginning, frames before the key frame lack their references."""
-    line = origin(file)
     key = None
-    ends: dict[int, Fraction] = {}
+    lengths: dict[int, int] = {}
     for packet in packets(file, stream, path):
         if packet.pts is not None:
-            ends[packet.pts] = packet_end(packet, stream)
+            lengths[packet.pts] = packet.duration or 0
             key = packet.pts if key is None and packet.is_keyframe else key
+        spared(packet)
         for frame in decode(packet, path):
             stamp = frame.pts if frame.pts is not None else frame.dts
             if stamp is None:
                 raise InputError(f"{path} carries no time stamps; put it into an mp4 file first")
             if not whole and (key is None or stamp < key):
                 continue
-            begin = stamp * tick(stream)
             if frame.is_corrupt:
-                raise InputError(f"{path} is damaged at {float(begin - line):.2f} s; fetch it again or leave it out")
-            yield Shown(frame, begin - line, ends.pop(stamp, begin + interval(stream)) - line)
+                at = float(stamp * tick(stream) - origin(file))
+                raise InputError(f"{path} is damaged at {at:.2f} s; fetch it again or leave it out")
+            yield _Decoded(frame, stamp, lengths.pop(stamp, 0))
 
 
 def decode(packet: Packet, path: str | Path) -> list:

@@ -1,0 +1,57 @@
+import argparse
+import sys
+from pathlib import Path
+
+import pytest
+
+from vaura.errors import InputError
+from vaura.media.video import probe
+
+SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
+
+
+@pytest.fixture
+def load(monkeypatch):
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    from benchmarks import load
+
+    monkeypatch.setattr(load, "STARTS", 3)
+    yield load
+    for name in [name for name in sys.modules if name.split(".")[0] == "benchmarks"]:
+        del sys.modules[name]
+
+
+def arguments(load, *words):
+    parser = argparse.ArgumentParser()
+    load.add_arguments(parser)
+    return parser.parse_args([str(word) for word in words])
+
+
+def test_tables_of_a_made_video_with_a_peer_missing(load, tmp_path, monkeypatch):
+    path = load.make_video(tmp_path / "clip.mp4", 4.0)
+    assert probe(path).duration == pytest.approx(4.0)
+
+    def absent(path, start):
+        raise ImportError("No module named 'decord'")
+
+    monkeypatch.setattr(load, "READERS", {"vaura": load._vaura, "PyAV, plain": load._pyav, "decord": absent})
+    reading, loading = load.run(arguments(load, "--video", path, "--rounds", 2, "--clips", 4))
+    assert [line.name for line in reading.lines] == ["vaura", "PyAV, plain"]
+    assert all(len(line.seconds) == 2 for line in reading.lines)
+    assert "decord is left out: No module named 'decord'" in reading.notes
+    assert "All 64 frames right, of 3 random starts: vaura 3, PyAV, plain 3." in reading.notes
+    assert [line.name for line in loading.lines] == ["0 workers", "1 worker", "2 workers"]
+    assert all("clips a second" in line.note for line in loading.lines)
+    assert "| vaura |" in reading.markdown()
+
+
+def test_a_reader_that_is_a_frame_late_is_told(load, tmp_path):
+    path = str(load.make_video(tmp_path / "clip.mp4", 4.0))
+    readers = {"vaura": load._vaura, "late": lambda path, start: load._vaura(path, start - 0.04)}
+    assert load._agreement(path, [0.5, 1.0], readers).endswith("vaura 2, late 0.")
+
+
+def test_a_video_that_is_too_short(load, tmp_path):
+    path = load.make_video(tmp_path / "clip.mp4", 1.0)
+    with pytest.raises(InputError, match=r"clip\.mp4 lasts 1\.00 s; this takes a video of more than 2\.56 s"):
+        load.run(arguments(load, "--video", path))
