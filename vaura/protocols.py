@@ -53,6 +53,10 @@ class Tokenizer(Protocol):
         """codes (B, K, T) -> wav (B, A, N) with N = T * sample_rate / frame_rate."""
         ...
 
+    def stream(self, pieces: Iterable[Tensor]) -> Iterator[Tensor]:
+        """Codes (B, K, t) piece by piece -> wav (B, A, n) as soon as it is certain; together what `decode` gives of all."""
+        ...
+
 
 @runtime_checkable
 class Encoder(Protocol):

@@ -13,6 +13,7 @@ from vaura.components import instantiate
 from vaura.encoder.avclip import AVCLIP, Sizes, Tower
 from vaura.encoder.cache import fingerprint
 from vaura.errors import InputError
+from vaura.precision import has_compiler, multiplies_bfloat16
 from vaura.protocols import Encoder
 
 # Three steps of two video frames, and four patches of 4 x 4 pixels.
@@ -155,6 +156,28 @@ def test_half_precision_is_close(file, precision, error):
 
 
 @torch.no_grad()
+def test_compiled_is_the_same_at_every_length(file):
+    if not has_compiler():
+        pytest.skip("no C++ compiler here")
+    plain, compiled = make(file), make(file, compile=True, batch_size=4)
+    assert compiled.state_dict().keys() == plain.state_dict().keys()
+    given = []
+    compiled.tower.register_forward_pre_hook(lambda _, given_: given.append(given_[0].shape))
+    for segments in (1, 4, 9):
+        video = pictures(segments, batch=2)
+        torch.testing.assert_close(compiled(video), plain(video), atol=2e-5, rtol=1e-5)
+    assert {shape[0] for shape in given} == {4}  # one length, one compilation
+
+
+@torch.no_grad()
+def test_without_a_compiler_it_runs_as_it_is(file, monkeypatch):
+    monkeypatch.setattr("vaura.precision.has_compiler", lambda: False)
+    with pytest.warns(UserWarning, match=r"encoder\.compile is true, but there is no C\+\+ compiler here"):
+        encoder = make(file, compile=True)
+    assert torch.equal(encoder(pictures(3)), make(file)(pictures(3)))
+
+
+@torch.no_grad()
 def test_autocast_around_it_changes_nothing(file):
     encoder, video = make(file), pictures(segments=2)
     with torch.autocast("cpu", torch.bfloat16):
@@ -252,7 +275,9 @@ def test_cached_features_depend_on_what_changes_them(tmp_path, file):
     other = put(tmp_path / "other.pt", weights(seed=1))
     encoders = [make(file), make(other), make(file, precision="bfloat16"), make(file, head_width=4), make(file, resize=12)]
     assert len({fingerprint(encoder) for encoder in encoders}) == 5
-    assert fingerprint(make(file, batch_size=1)) == fingerprint(encoders[0])
+    assert fingerprint(make(file, batch_size=1)) == fingerprint(make(file, compile=True)) == fingerprint(encoders[0])
+    alike = "bfloat16" if multiplies_bfloat16() else "float32"
+    assert fingerprint(make(file, precision="auto")) == fingerprint(make(file, precision=alike))
 
 
 def test_without_weights_the_published_ones_are_fetched(monkeypatch, file):

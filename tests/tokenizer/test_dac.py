@@ -10,10 +10,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from vaura.errors import InputError
+from vaura.precision import has_compiler
 from vaura.protocols import Tokenizer
 from vaura.tokenizer import dac
 from vaura.tokenizer.dac import DAC, PUBLISHED
-from vaura.tokenizer.dac_network import Codec, Decoder, Sizes
+from vaura.tokenizer.dac_network import Codec, Conv, Decoder, Sizes, Transposed
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "tokenizer"
 EVEN = Sizes(4, (2, 2, 4), 24, 32, (4, 2, 2), 3, 32, 8)
@@ -205,6 +206,81 @@ def test_half_the_precision_in_the_file_or_at_work_is_close(ours, sizes, tmp_pat
         assert half.codec.quantizer.from_codes(codes).dtype == torch.float32
 
 
+def test_decoding_alone_in_half_the_precision(ours, file):
+    """Codes stay those of single precision; what is decoded is near: 30 dB and more below the sound."""
+    half = DAC("44khz", str(file), decoder_precision="bfloat16")
+    codes = ours.encode(sound(4003))
+    assert torch.equal(half.encode(sound(4003)), codes)
+    whole = ours.decode(codes)
+    error = half.decode(codes) - whole
+    assert 0 < error.norm() < 10 ** (-30 / 20) * whole.norm()
+    assert half.settings == ours.settings
+    assert DAC("44khz", str(file), "bfloat16").settings != ours.settings
+
+
+@pytest.mark.parametrize("cuts", [(1,) * 60, (60,), (7, 1, 30, 2, 20), (0, 59, 0, 1, 0)])
+def test_a_stream_is_the_whole(ours, cuts):
+    codes = torch.randint(ours.codebook_size, (2, ours.num_codebooks, 60), generator=torch.Generator().manual_seed(0))
+    parts = list(ours.stream(iter(codes.split(cuts, -1))))
+    torch.testing.assert_close(torch.cat(parts, -1), ours.decode(codes), rtol=0, atol=1e-6)
+    assert len(parts) > len(cuts) // 2
+
+
+def test_a_stream_waits_for_no_more_than_it_must(ours, sizes):
+    """Sound is given before the next codes are asked for, all but what later codes could change."""
+    step = int(ours.codec.decoder.reach.after) + 2
+    codes = torch.randint(ours.codebook_size, (1, ours.num_codebooks, 4 * step), generator=torch.Generator().manual_seed(0))
+    asked = []
+
+    def arriving():
+        for piece in codes.split(step, -1):
+            asked.append(piece)
+            yield piece
+
+    heard = ours.stream(arriving())
+    for count in (1, 2, 3):
+        part = next(heard)
+        assert len(asked) == count
+        assert not part.requires_grad
+    assert list(ours.stream([])) == []
+    with pytest.raises(InputError, match=f"from 0 to {ours.codebook_size - 1}"):
+        list(ours.stream([codes, codes - ours.codebook_size]))
+
+
+@pytest.mark.slow
+def test_compiled_is_the_same_at_every_length(file, ours):
+    if not has_compiler():
+        pytest.skip("no C++ compiler here")
+    compiled = DAC("44khz", str(file), compile=True)
+    assert compiled.state_dict().keys() == ours.state_dict().keys()
+    for samples in (4003, 900, 2500, 3700):
+        codes = ours.encode(sound(samples))
+        assert torch.equal(compiled.encode(sound(samples)), codes)
+        torch.testing.assert_close(compiled.decode(codes), ours.decode(codes), rtol=0, atol=1e-5)
+
+
+def test_without_a_compiler_it_runs_as_it_is(file, ours, monkeypatch):
+    monkeypatch.setattr("vaura.precision.has_compiler", lambda: False)
+    with pytest.warns(UserWarning, match=r"tokenizer\.compile is true, but there is no C\+\+ compiler here"):
+        plain = DAC("44khz", str(file), compile=True)
+    assert torch.equal(plain.encode(sound(900)), ours.encode(sound(900)))
+
+
+def test_layers_are_those_of_torch(ours):
+    """Channels side by side, or one after the other: the same convolution, forth and back."""
+    mine, theirs = [], []
+    for module in ours.codec.modules():
+        if not isinstance(module, Conv | Transposed):
+            continue
+        x = torch.randn(2, 40, module.in_channels, generator=torch.Generator().manual_seed(0))
+        plain = (torch.nn.Conv1d if isinstance(module, Conv) else torch.nn.ConvTranspose1d).forward
+        mine.append(module(x))
+        theirs.append(plain(module, x.transpose(1, 2)).transpose(1, 2))
+    assert len(mine) > 20
+    for ours_, torchs in zip(mine, theirs, strict=True):
+        torch.testing.assert_close(ours_, torchs, rtol=1e-5, atol=1e-5)
+
+
 def test_autocast_around_it_changes_nothing(ours):
     wav = sound(900)
     codes = ours.encode(wav)
@@ -245,7 +321,7 @@ def test_no_codes_are_no_sound(ours):
 def test_wrong_choices_list_the_right_ones(ours):
     with pytest.raises(InputError, match="'48khz'; choose from 44khz, 44khz_16kbps, 24khz, 16khz"):
         DAC("48khz")
-    with pytest.raises(InputError, match="'half'; choose from float32, float16, bfloat16"):
+    with pytest.raises(InputError, match="'half'; choose from float32, bfloat16, float16, auto"):
         DAC("44khz", precision="half")
     for shape in ((1, 2, 320), (1, 320), (1, 1, 0)):
         with pytest.raises(InputError, match="encodes mono sound"):

@@ -121,6 +121,44 @@ def test_long_mono_is_what_it_is_whole(package, samples, frames, monkeypatch):
     torch.testing.assert_close(ours.decode(codes), whole, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize("cuts", [(1,) * 30, (30,), (7, 1, 0, 20, 2)])
+def test_a_stream_is_the_whole(package, name, cuts):
+    ours = EnCodec(name, 3, str(package[name][1]))
+    codes = torch.randint(1024, (2, ours.num_codebooks, 30), generator=torch.Generator().manual_seed(0))
+    parts = list(ours.stream(iter(codes.split(cuts, -1))))
+    torch.testing.assert_close(torch.cat(parts, -1), ours.decode(codes), rtol=0, atol=1e-5)
+    if len(cuts) > 1:
+        assert (len(parts) > 1) == (name == "24khz")  # stereo is normalised over all of it
+    assert list(ours.stream([])) == []
+
+
+def test_a_mono_stream_waits_for_no_more_than_it_must(package):
+    ours = EnCodec("24khz", 3, str(package["24khz"][1]))
+    codes = torch.randint(1024, (1, 4, 30), generator=torch.Generator().manual_seed(0))
+    arriving = iter(codes.split(10, -1))
+    assert next(ours.stream(arriving)).shape[-1] > 0
+    assert len(list(arriving)) == 2
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_half_the_precision_is_near(package, name):
+    path = str(package[name][1])
+    ours, half = EnCodec(name, 3, path), EnCodec(name, 3, path, decoder_precision="bfloat16")
+    wav = sound(ours.channels, 6400)
+    codes = ours.encode(wav)
+    whole = ours.decode(codes)
+    assert torch.equal(half.encode(wav), codes)
+    error = half.decode(codes) - whole
+    assert error.dtype == torch.float32
+    assert 0 < error.norm() < 0.05 * whole.norm()
+    low = EnCodec(name, 3, path, precision="bfloat16")
+    assert (low.encode(wav) == codes).float().mean() > 0.5
+    assert low.settings != ours.settings == half.settings
+    with pytest.raises(InputError, match=r"tokenizer\.precision is 'half'; choose from float32, bfloat16, float16, auto"):
+        EnCodec(name, 3, path, precision="half")
+
+
 def test_the_reach_of_the_package_is_not_underestimated(package):
     """What an output depends on, told by gradients of everything before the LSTM, in the middle and at both ends."""
     codec, _ = package["24khz"]

@@ -71,6 +71,17 @@ def test_the_config_builds_a_tokenizer_and_its_vocoder_alike():
     assert (tokenizer.vocoder.sample_rate, tokenizer.vocoder.analysis.floor) == (8000, 5e-4)
 
 
+@pytest.mark.parametrize("cuts", [(1,) * 50, (50,), (13, 2, 0, 34, 1)])
+def test_a_stream_is_the_whole(fitted, unseen, cuts):
+    codes = fitted.encode(unseen[:2])
+    assert codes.shape[-1] == 50
+    parts = list(fitted.stream(iter(codes.split(cuts, -1))))
+    torch.testing.assert_close(torch.cat(parts, -1), fitted.decode(codes), rtol=0, atol=1e-5)
+    assert list(fitted.stream([])) == []
+    with pytest.raises(InputError, match="3 codebooks; the codes given have 2"):
+        list(fitted.stream([codes, codes[:, :2]]))
+
+
 def test_a_vocoder_of_another_rate_is_refused():
     with pytest.raises(InputError, match="8000 Hz; set it to 16000"):
         MelKMeans(GriffinLim(8000, 64, 512, 160, 1e-3))

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from vaura.checkpoint import load_exactly, tensors_in
 from vaura.errors import InputError
 from vaura.files import write_aside
+from vaura.precision import compile_in_place, name_of, precision_of
 from vaura.weights import cache_folder, fetch
 
 PUBLISHED = (
@@ -32,8 +33,6 @@ PUBLISHED_DIGEST = "md5:a9979df"
 
 PREFIXES = ("module.v_encoder.", "v_encoder.", "visual_feature_extractor.", "")
 """What the tower is called in Synchformer's checkpoints, in V-AURA's, and in files that hold nothing else."""
-
-PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 NORM_EPS = 1e-6
 
@@ -46,9 +45,12 @@ class AVCLIP(nn.Module):
     Args:
         weights: Synchformer's epoch_best.pt, a V-AURA checkpoint or what `save` wrote; null: the published one, fetched once.
         batch_size: segments encoded at once.
-        precision: of matrix products and attention; normalisation and the sum of the blocks stay in float32.
+        precision: of matrix products and attention; normalisation and the sum of the blocks stay in float32. "auto": bfloat16
+            where this machine multiplies it fast, else float32.
         head_width: channels of an attention head.
         resize: short side of the picture before it is cropped, pixels; null: 256 for a crop of 224, and in proportion.
+        compile: compile the tower when it is first called. Every batch then has `batch_size` segments, the last one filled up
+            with black ones, so that it is compiled once.
     """
 
     fps = 25.0
@@ -58,22 +60,22 @@ class AVCLIP(nn.Module):
         self,
         weights: str | None = None,
         batch_size: int = 8,
-        precision: Literal["float32", "bfloat16", "float16"] = "float32",
+        precision: Literal["float32", "bfloat16", "float16", "auto"] = "float32",
         head_width: int = 64,
         resize: int | None = None,
+        compile: bool = False,
     ) -> None:
         super().__init__()
         if batch_size < 1:
             raise InputError(f"encoder.batch_size is {batch_size}; encode at least 1 segment at once")
-        if precision not in PRECISIONS:
-            raise InputError(f"encoder.precision is '{precision}'; choose from {', '.join(PRECISIONS)}")
-        self.batch_size, self.precision, self.head_width, self._resize = batch_size, precision, head_width, resize
+        self.dtype = precision_of(precision, "encoder.precision")
+        self.batch_size, self.head_width, self._resize, self._compile = batch_size, head_width, resize, compile
         self.load(weights or fetch(PUBLISHED, PUBLISHED_DIGEST, cache_folder() / "avclip"))
 
     @property
     def settings(self) -> dict[str, Any]:
         """What decides, with the weights, the features of a picture."""
-        return {"precision": self.precision, "resize": self.resize, **asdict(self.tower.sizes)}
+        return {"precision": name_of(self.dtype), "resize": self.resize, **asdict(self.tower.sizes)}
 
     def load(self, path: str | Path) -> None:
         """Take the tower from a checkpoint. InputError where there is none, it does not fit, or it was never trained."""
@@ -87,7 +89,8 @@ class AVCLIP(nn.Module):
         tower.to_empty(device="cpu")
         unused = {key: torch.zeros_like(value) for key, value in tower.patch_embed.state_dict(prefix="patch_embed.").items()}
         load_exactly(tower, unused | state, where)
-        self.tower = tower.to_precision(PRECISIONS[self.precision]).requires_grad_(False).eval()
+        self.tower = tower.to_precision(self.dtype).requires_grad_(False).eval()
+        self.filled = self._compile and compile_in_place(self.tower, "encoder.compile", dynamic=False)
         self.dim, self.segment, self.size = sizes.width, sizes.frames, sizes.size
         self.frame_rate = self.fps / sizes.patch_frames
         self.resize = self._resize or round(self.size * 256 / 224)
@@ -111,8 +114,15 @@ class AVCLIP(nn.Module):
             raise ValueError(f"AV-CLIP takes frames of 3 x {self.size} x {self.size}; they are {' x '.join(map(str, image))}")
         segments = video.reshape(-1, self.segment, *image)
         with torch.autocast(video.device.type, enabled=False):
-            features = [self.tower(centred(batch)) for batch in segments.split(self.batch_size)]
+            features = [self._encode(batch) for batch in segments.split(self.batch_size)]
         return torch.cat(features).reshape(len(video), -1, self.dim)
+
+    def _encode(self, segments: Tensor) -> Tensor:
+        """Up to `batch_size` segments (N, F, 3, H, W) uint8 -> features (N, T, D)."""
+        absent = self.batch_size - len(segments)
+        if self.filled and absent:
+            segments = torch.cat([segments, segments.new_zeros(absent, *segments.shape[1:])])
+        return self.tower(centred(segments))[: self.batch_size - absent]
 
 
 def centred(video: Tensor) -> Tensor:
@@ -246,8 +256,9 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(N, 1 + T P, D), cls token first, then patches by time and place."""
         x = x + self.timeattn(self.norm3(x))
-        x = x + self.attn(self.norm1(x))
-        return x + self.mlp(self.norm2(x))
+        x += self.attn(self.norm1(x))
+        x += self.mlp(self.norm2(x))
+        return x
 
 
 class DividedAttention(nn.Module):
@@ -290,7 +301,8 @@ class MLP(nn.Module):
         self.fc2 = nn.Linear(sizes.hidden, sizes.width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x.to(self.fc1.weight.dtype))))
+        hidden = self.fc1(x.to(self.fc1.weight.dtype))
+        return self.fc2(torch.ops.aten.gelu_(hidden))  # in place: in a large batch fresh memory costs as much as the function
 
 
 class SpatialAggregation(nn.Module):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -16,13 +17,13 @@ from vaura.checkpoint import load_exactly, plain, read_checkpoint, tensors_in
 from vaura.errors import InputError
 from vaura.files import write_aside
 from vaura.media.pieces import join, stream
+from vaura.precision import compile_in_place, name_of, precision_of
 from vaura.protocols import Codebook
 from vaura.timing import cover
 from vaura.tokenizer.dac_network import Codec, Sizes, folded
 from vaura.weights import cache_folder, fetch
 
 RELEASES = "https://github.com/descriptinc/descript-audio-codec/releases/download/"
-PRECISIONS = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 PREFIXES = ("audio_encoder.model.", "model.", "")  # in a checkpoint of V-AURA; in one of a training; in the published file
 
 
@@ -70,14 +71,16 @@ class DAC(nn.Module):
     `model` names a published model and with it the sample rate. `weights` is its file, or any file of a codec of this kind:
     what descript's training writes, a checkpoint of V-AURA with the codec inside, or what `save` writes; sizes follow from the
     shapes in it. None fetches the published file once. `num_codebooks` keeps the first so many of those in the file.
-    `precision` is that of the convolutions; codes are looked up and sound is returned in single precision, and autocast around
-    it changes nothing. Sound longer than `piece` seconds is encoded and decoded in pieces, with the same result.
+    `precision` is that of the convolutions, `decoder_precision` of those that decode, where it is another; codes are looked up
+    and sound is returned in single precision, and autocast around it changes nothing. With `compile` both networks are compiled
+    when they are first called, once for all lengths. Sound longer than `piece` seconds is encoded and decoded in pieces, with
+    the same result.
 
     Raises InputError for a choice or a file that does not fit.
     """
 
     channels = 1
-    piece = 5.0  # seconds: a full-size codec then takes some 300 MB beside its weights
+    piece = 2.0  # seconds: on a CPU longer ones wait for memory, and shorter ones are for the most part their own surroundings
     codec: Codec
 
     def __init__(
@@ -86,14 +89,17 @@ class DAC(nn.Module):
         weights: str | None = None,
         precision: str = "float32",
         num_codebooks: int | None = None,
+        decoder_precision: str | None = None,
+        compile: bool = False,
     ) -> None:
         super().__init__()
-        for name, value, right in (("model", model, PUBLISHED), ("precision", precision, PRECISIONS)):
-            if value not in right:
-                raise InputError(f"tokenizer.{name} is '{value}'; choose from {', '.join(right)}")
+        if model not in PUBLISHED:
+            raise InputError(f"tokenizer.model is '{model}'; choose from {', '.join(PUBLISHED)}")
         published = PUBLISHED[model]
         self.sample_rate = published.sample_rate
-        self.precision = PRECISIONS[precision]
+        self.precision = precision_of(precision, "tokenizer.precision")
+        self.decoder_precision = precision_of(decoder_precision or precision, "tokenizer.decoder_precision")
+        self.compile_networks = compile
         self.wanted = num_codebooks
         self.load(weights or fetch(RELEASES + published.file, published.sha256, cache_folder() / "dac"))
         if weights is None and self.codec.sizes != published.sizes:
@@ -102,6 +108,11 @@ class DAC(nn.Module):
     def num_frames(self, duration: float) -> int:
         """Token frames that cover `duration` seconds."""
         return cover(duration, self.frame_rate)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What decides, with the weights, the codes of a sound."""
+        return {"precision": name_of(self.precision), "num_codebooks": self.num_codebooks, "sample_rate": self.sample_rate}
 
     @torch.no_grad()
     def encode(self, wav: Tensor) -> Tensor:
@@ -119,18 +130,38 @@ class DAC(nn.Module):
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:
         """codes (B, K, T), of the first K codebooks -> wav (B, 1, T * hop); no codes are no sound."""
-        if not 1 <= codes.shape[1] <= self.num_codebooks:
-            raise InputError(f"DAC decodes up to {self.num_codebooks} codebooks; the codes given have {codes.shape[1]}")
         if not codes.numel():
             return torch.zeros(len(codes), 1, codes.shape[-1] * self.hop_length, device=codes.device)
-        if codes.min() < 0 or codes.max() >= self.codebook_size:
-            raise InputError(f"DAC decodes codes from 0 to {self.codebook_size - 1}: generate the absent ones first")
-        decoder, quantizer = self.codec.decoder, self.codec.quantizer
+        sound = self._decoded(codes.split(self.num_frames(self.piece), -1), at_once=False)
+        return join(sound, codes.shape[-1] * self.hop_length)
+
+    def stream(self, pieces: Iterable[Tensor]) -> Iterator[Tensor]:
+        """codes that come in pieces (B, K, t) -> wav in pieces (B, 1, n), as soon as it is known; together `decode` of all.
+
+        A sample depends on codes of the next tenth of a second, for which it waits. Raises what `decode` raises.
+        """
+        size = self.num_frames(self.piece)
+        return self._decoded((part for piece in pieces for part in piece.split(size, -1) if part.numel()), at_once=True)
+
+    def _decoded(self, pieces: Iterable[Tensor], at_once: bool) -> Iterator[Tensor]:
+        return stream(self._sound, self.codec.decoder.reach, map(self._latents, pieces), at_once=at_once)
+
+    @torch.no_grad()
+    def _latents(self, codes: Tensor) -> Tensor:
+        self._check(codes)
         with torch.autocast(codes.device.type, enabled=False):
-            pieces = codes.split(self.num_frames(self.piece), -1)
-            latents = (quantizer.from_codes(piece).to(self.precision) for piece in pieces)
-            sound = (piece.float() for piece in stream(decoder, decoder.reach, latents))
-            return join(sound, codes.shape[-1] * self.hop_length)
+            return self.codec.quantizer.from_codes(codes).to(self.decoder_precision)
+
+    @torch.no_grad()
+    def _sound(self, latents: Tensor) -> Tensor:
+        with torch.autocast(latents.device.type, enabled=False):
+            return self.codec.decoder(latents).float()
+
+    def _check(self, codes: Tensor) -> None:
+        if not 1 <= codes.shape[1] <= self.num_codebooks:
+            raise InputError(f"DAC decodes up to {self.num_codebooks} codebooks; the codes given have {codes.shape[1]}")
+        if codes.numel() and (codes.min() < 0 or codes.max() >= self.codebook_size):
+            raise InputError(f"DAC decodes codes from 0 to {self.codebook_size - 1}: generate the absent ones first")
 
     def codebooks(self) -> list[Codebook]:
         """Copies of the codebooks in use, of E = the width of the latent: a token LM may begin with them."""
@@ -160,9 +191,10 @@ class DAC(nn.Module):
         found = codec.sizes.num_codebooks
         if self.wanted is not None and not 1 <= self.wanted <= found:
             raise InputError(f"tokenizer.num_codebooks is {self.wanted}; the weights in {path} have {found}")
-        codec.encoder.to(self.precision)
-        codec.decoder.to(self.precision)
-        self.codec = codec.eval().requires_grad_(False)
+        codec.eval().requires_grad_(False).to_precision(self.precision, self.decoder_precision)
+        if self.compile_networks and compile_in_place(codec.encoder, "tokenizer.compile", dynamic=True):
+            compile_in_place(codec.decoder, "tokenizer.compile", dynamic=True)
+        self.codec = codec
         self.num_codebooks = self.wanted or found
         self.codebook_size = codec.sizes.codebook_size
         self.hop_length = codec.sizes.hop_length

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from vaura.checkpoint import load_exactly, tensors_in
 from vaura.errors import InputError
 from vaura.media.pieces import PIECE, Reach, chain, convolution, join, stream, transposed
+from vaura.precision import name_of, precision_of
 from vaura.timing import cover
 from vaura.weights import fetch
 
@@ -59,8 +61,10 @@ class EnCodec(nn.Module):
     root mean square of its mono mix before encoding, as the package does with each second, and what is decoded sounds at
     `loudness`, the root mean square that stands for every scale. Sound of up to 0.99 s has the package's own codes. The layers
     of this model are normalised over all they are given, so that no piece can equal a part of the whole; stereo longer than
-    `piece` is cut into equal pieces, each normalised with its surroundings, and one fades into the next when decoded. Both
-    models run in single precision, also under autocast.
+    `piece` is cut into equal pieces, each normalised with its surroundings, and one fades into the next when decoded.
+
+    `precision` is that of the networks, `decoder_precision` of the one that decodes, where it is another; codes are looked up
+    and sound is returned in single precision, and autocast around it changes nothing.
 
     `weights` is a local file, or None to fetch the published one once. Raises InputError for a model, a bandwidth or a file
     that does not fit.
@@ -69,7 +73,15 @@ class EnCodec(nn.Module):
     codebook_size = 1024
     piece = PIECE
 
-    def __init__(self, model: str, bandwidth: float, weights: str | None = None, loudness: float = 0.1) -> None:
+    def __init__(
+        self,
+        model: str,
+        bandwidth: float,
+        weights: str | None = None,
+        loudness: float = 0.1,
+        precision: str = "float32",
+        decoder_precision: str | None = None,
+    ) -> None:
         super().__init__()
         if model not in PUBLISHED:
             raise InputError(f"tokenizer.model is '{model}'; choose from {', '.join(PUBLISHED)}")
@@ -83,15 +95,24 @@ class EnCodec(nn.Module):
         self.num_codebooks = round(bandwidth * 1000 / (self.frame_rate * 10))  # 10 bits a code
         self.bandwidth = bandwidth
         self.loudness = loudness
+        self.precision = precision_of(precision, "tokenizer.precision")
+        self.decoder_precision = precision_of(decoder_precision or precision, "tokenizer.decoder_precision")
         codec = build(model)
         load(codec, Path(weights) if weights else fetch(FOLDER + published.file, published.sha256))
         self.normalize = codec.normalize
-        self.encoder, self.quantizer, self.decoder = codec.encoder, codec.quantizer, codec.decoder
+        self.encoder, self.quantizer, self.decoder = fold(codec.encoder), codec.quantizer, fold(codec.decoder)
+        self.encoder.to(self.precision)
+        self.decoder.to(self.decoder_precision)
         self.eval().requires_grad_(False)
 
     def num_frames(self, duration: float) -> int:
         """Token frames that cover `duration` seconds."""
         return cover(duration, self.frame_rate)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What decides, with the weights, the codes of a sound."""
+        return {"precision": name_of(self.precision), "bandwidth": self.bandwidth, "sample_rate": self.sample_rate}
 
     @torch.no_grad()
     def encode(self, wav: Tensor) -> Tensor:
@@ -101,29 +122,48 @@ class EnCodec(nn.Module):
         frames, size = -(-wav.shape[-1] // HOP_LENGTH), self.num_frames(self.piece)
         with torch.autocast(wav.device.type, enabled=False):
             if not self.normalize:
-                pieces = (piece.float() for piece in wav.split(size * HOP_LENGTH, -1))
+                pieces = (piece.to(self.precision) for piece in wav.split(size * HOP_LENGTH, -1))
                 return join((self._codes(latents) for latents in through(self.encoder.model, pieces)), frames)
             scale = 1e-8 + mean_square(wav, size * HOP_LENGTH).sqrt()
             codes = []
             for start, stop, before, after in self._spans(frames):
                 seen = wav[..., (start - before) * HOP_LENGTH : (stop + after) * HOP_LENGTH].float()
-                latents = self.encoder(seen / scale)[..., before : before + stop - start]
+                latents = self.encoder((seen / scale).to(self.precision))[..., before : before + stop - start]
                 codes.append(self._codes(latents))
             return torch.cat(codes, -1)
 
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:
         """codes (B, K, T) -> wav (B, A, T * 320)."""
-        if codes.min() < 0 or codes.max() >= self.codebook_size:
-            raise InputError(f"EnCodec decodes codes from 0 to {self.codebook_size - 1}: generate the absent ones first")
         frames, size = codes.shape[-1], self.num_frames(self.piece)
-        with torch.autocast(codes.device.type, enabled=False):
-            if not self.normalize:
-                latents = (self._latents(piece) for piece in codes.split(size, -1))
-                return join(through(self.decoder.model, latents), frames * HOP_LENGTH)
-            spans = [codes[..., start - before : stop + after] for start, stop, before, after in self._spans(frames)]
-            pieces = (self.decoder(self._latents(span)) * self.loudness for span in spans)
-            return join(faded(pieces, 2 * self.num_frames(FADE / 2) * HOP_LENGTH), frames * HOP_LENGTH)
+        if not self.normalize:
+            return join(self._decoded(codes.split(size, -1), at_once=False), frames * HOP_LENGTH)
+        spans = [codes[..., start - before : stop + after] for start, stop, before, after in self._spans(frames)]
+        pieces = (self._sound(self.decoder, self._latents(span)).float() * self.loudness for span in spans)
+        return join(faded(pieces, 2 * self.num_frames(FADE / 2) * HOP_LENGTH), frames * HOP_LENGTH)
+
+    def stream(self, pieces: Iterable[Tensor]) -> Iterator[Tensor]:
+        """codes that come in pieces (B, K, t) -> wav in pieces (B, A, n), together as `decode` of all; raises what it raises.
+
+        The mono model gives sound as soon as it can be known. The stereo model is normalised over all it is given, so its sound
+        comes whole, when no codes follow.
+        """
+        if self.normalize:
+            whole = list(pieces)
+            if whole:
+                yield self.decode(torch.cat(whole, -1))
+        else:
+            size = self.num_frames(self.piece)
+            yield from self._decoded((part for piece in pieces for part in piece.split(size, -1) if part.numel()), at_once=True)
+
+    def _decoded(self, pieces: Iterable[Tensor], at_once: bool) -> Iterator[Tensor]:
+        """Codes of the mono model in pieces -> sound in pieces."""
+        return (wav.float() for wav in through(self.decoder.model, map(self._latents, pieces), self._sound, at_once))
+
+    @torch.no_grad()
+    def _sound(self, network: Callable[[Tensor], Tensor], latents: Tensor) -> Tensor:
+        with torch.autocast(latents.device.type, enabled=False):
+            return network(latents)
 
     def _spans(self, frames: int) -> list[tuple[int, int, int, int]]:
         """As few equal spans of token frames as pieces need: start, stop, and how many frames to see before and after."""
@@ -132,10 +172,14 @@ class EnCodec(nn.Module):
         return [(a, b, margin if a else 0, margin if b < frames else 0) for a, b in pairwise(edges)]
 
     def _codes(self, latents: Tensor) -> Tensor:
-        return self.quantizer.encode(latents, int(self.frame_rate), self.bandwidth).transpose(0, 1)
+        return self.quantizer.encode(latents.float(), int(self.frame_rate), self.bandwidth).transpose(0, 1)
 
+    @torch.no_grad()
     def _latents(self, codes: Tensor) -> Tensor:
-        return self.quantizer.decode(codes.transpose(0, 1))
+        if codes.min() < 0 or codes.max() >= self.codebook_size:
+            raise InputError(f"EnCodec decodes codes from 0 to {self.codebook_size - 1}: generate the absent ones first")
+        with torch.autocast(codes.device.type, enabled=False):
+            return self.quantizer.decode(codes.transpose(0, 1)).to(self.decoder_precision)
 
 
 def build(model: str) -> EncodecModel:
@@ -151,28 +195,50 @@ def build(model: str) -> EncodecModel:
         return make(pretrained=False)
 
 
-def through(model: nn.Sequential, pieces: Iterable[Tensor]) -> Iterator[Tensor]:
-    """A causal encoder or decoder of the package, applied to what comes in pieces (B, C, n) as if it came whole."""
+def fold(network: Any) -> Any:
+    """One weight for each convolution of the package, in place of a length and a direction that it joins anew each time."""
+    for module in network.modules():
+        if hasattr(module, "weight_g"):
+            nn.utils.remove_weight_norm(module)
+    return network
+
+
+Run = Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]
+
+
+def through(
+    model: nn.Sequential, pieces: Iterable[Tensor], run: Run = lambda network, x: network(x), at_once: bool = False
+) -> Iterator[Tensor]:
+    """A causal encoder or decoder of the package, applied to what comes in pieces (B, C, n) as if it came whole.
+
+    `run` calls each of its parts; `at_once` as for `vaura.media.pieces.stream`.
+    """
     from encodec.modules.lstm import SLSTM
 
     local: list[nn.Module] = []
     for layer in [*model, None]:
         if isinstance(layer, SLSTM) or layer is None:
-            pieces = stream(nn.Sequential(*local), chain(map(reach, local)), pieces)
+            pieces = stream(partial(run, nn.Sequential(*local)), chain(map(reach, local)), pieces, at_once=at_once)
             local = []
         if isinstance(layer, SLSTM):
-            pieces = recur(layer, pieces)
+            pieces = recur(layer, pieces, run)
         elif layer is not None:
             local.append(layer)
     return iter(pieces)
 
 
-def recur(layer: Any, pieces: Iterable[Tensor]) -> Iterator[Tensor]:
+def recur(layer: Any, pieces: Iterable[Tensor], run: Run) -> Iterator[Tensor]:
     """The package's SLSTM, which goes on in each piece (B, C, n) where it stood at the end of the last."""
     state = None
+
+    def step(lstm: Any, steps: Tensor) -> Tensor:
+        nonlocal state
+        out, state = lstm(steps, state)
+        return out
+
     for piece in pieces:
         steps = piece.permute(2, 0, 1)
-        out, state = layer.lstm(steps, state)
+        out = run(partial(step, layer.lstm), steps)
         yield (out + steps if layer.skip else out).permute(1, 2, 0)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from operator import length_hint
 from pathlib import Path
 
@@ -110,25 +110,37 @@ class MelKMeans(nn.Module):
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:
         """codes (B, K, T) -> wav (B, 1, T * hop); no codes are no sound."""
+        self._check(codes)
+        if not codes.numel():
+            return torch.zeros(len(codes), 1, codes.shape[-1] * self.hop_length, device=codes.device)
+        if codes.shape[2] <= self.num_frames(self.piece):
+            return self.vocoder(self._mel(codes))
+        return join(self.stream([codes]), codes.shape[2] * self.hop_length)
+
+    def stream(self, pieces: Iterable[Tensor]) -> Iterator[Tensor]:
+        """codes that come in pieces (B, K, t) -> wav in pieces (B, 1, n), together as `decode` of all; raises what it raises.
+
+        Of a piece the vocoder wants to see what follows, so its sound comes with the next piece or the one after.
+        """
+        size = self.num_frames(self.piece)
+        parts = (part for piece in pieces for part in self._check(piece).split(size, -1) if part.numel())
+        seen = convolution(3, padding=1).then(transposed(self.stack, self.stack))
+        return self.vocoder.stream(stream(self._mel, seen, parts, at_once=True))
+
+    def _check(self, codes: Tensor) -> Tensor:
         self._require_fitted()
         if codes.shape[1] != self.num_codebooks:
             raise InputError(f"mel_kmeans decodes {self.num_codebooks} codebooks; the codes given have {codes.shape[1]}")
-        if not codes.numel():
-            return torch.zeros(len(codes), 1, codes.shape[-1] * self.hop_length, device=codes.device)
-        if codes.min() < 0 or codes.max() >= self.codebook_size:
+        if codes.numel() and (codes.min() < 0 or codes.max() >= self.codebook_size):
             raise InputError(f"mel_kmeans decodes codes from 0 to {self.codebook_size - 1}: generate the absent ones first")
-        size = self.num_frames(self.piece)
-        if codes.shape[2] <= size:
-            return self.vocoder(self._mel(codes))
-        seen = convolution(3, padding=1).then(transposed(self.stack, self.stack))
-        mels = stream(self._mel, seen, codes.split(size, -1))
-        return join(self.vocoder.stream(mels), codes.shape[2] * self.hop_length)
+        return codes
 
     def _codes(self, wav: Tensor) -> Tensor:
         """wav (B, N) -> codes (B, K, T)."""
         frames = self._frames(wav) - self.mean
         return quantise(frames.flatten(0, 1), self.codebooks).view(*frames.shape[:2], -1).transpose(1, 2)
 
+    @torch.no_grad()
     def _mel(self, codes: Tensor) -> Tensor:
         """codes (B, K, T) -> log-mel (B, n_mels, T * stack)."""
         frames = dequantise(codes.transpose(1, 2), self.codebooks)

@@ -152,13 +152,14 @@ def implied_phase(
     delay = (spread / (2 * torch.pi) * over_time).clamp(-length / 2, length / 2) + length / 2
     struck = -torch.cumsum(delay * (2 * torch.pi / length), -1)
     frequency = 2 * torch.pi / length * torch.arange(bins, device=magnitude.device) + length / spread * _slope(level)
-    ringing = torch.cumsum(hop_length * frequency, 1)
+    # in double precision: after a second it is thousands of turns, of which a float32 keeps too little for a piece to go on
+    ringing = torch.cumsum(hop_length * frequency.double(), 1)
     rises = level.diff(dim=1, prepend=level[:, :1] - 1 if past is None else past.level) > RISE
-    begun = torch.cat([torch.zeros_like(before) if past is None else past.phase, struck - ringing], 1)
+    begun = torch.cat([torch.zeros_like(before, dtype=torch.float64) if past is None else past.phase, struck - ringing], 1)
     frames = torch.arange(1, magnitude.shape[1] + 1, device=magnitude.device)[:, None]
     last_blow = torch.where(rises, frames, 0).cummax(1).values
-    phase = begun.gather(1, last_blow) + ringing
-    return phase, Past(level[:, -1:], phase[:, -1:].remainder(2 * torch.pi))
+    phase = (begun.gather(1, last_blow) + ringing).remainder(2 * torch.pi)
+    return phase.to(magnitude.dtype), Past(level[:, -1:], phase[:, -1:])
 
 
 def _level(magnitude: Tensor) -> Tensor:

@@ -1,0 +1,61 @@
+"""The number format that frozen networks compute in, and their compilation: choices of a config, refused in one sentence."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import warnings
+
+import torch
+from torch import nn
+
+from vaura.errors import InputError
+
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def precision_of(name: str, where: str) -> torch.dtype:
+    """The format called `name`; "auto" is bfloat16 where this machine multiplies it fast, else float32.
+
+    Raises InputError, its sentence beginning with `where`, for any other name.
+    """
+    if name == "auto":
+        return torch.bfloat16 if multiplies_bfloat16() else torch.float32
+    if name not in PRECISIONS:
+        raise InputError(f"{where} is '{name}'; choose from {', '.join([*PRECISIONS, 'auto'])}")
+    return PRECISIONS[name]
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """What a config calls it."""
+    return str(dtype).removeprefix("torch.")
+
+
+def multiplies_bfloat16(device: torch.device | None = None) -> bool:
+    """Whether bfloat16 products are fast on `device`; None: on the GPU where there is one (from Ampere on), else on the CPU."""
+    kind = device.type if device else "cuda" if torch.cuda.is_available() else "cpu"
+    if kind == "cuda":
+        return torch.cuda.get_device_capability(device)[0] >= 8
+    asked = (getattr(torch.cpu, name, None) for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"))
+    return any(ask() for ask in asked if ask is not None)
+
+
+def compile_in_place(module: nn.Module, where: str, *, dynamic: bool) -> bool:
+    """Have `module` compiled when it is first called; its parts, its keys and what it prints stay as they are.
+
+    `dynamic`: one compilation serves all lengths. Without a compiler it stays as it is, and a warning that begins with `where`
+    says so. Returns whether it will be compiled.
+    """
+    if not has_compiler():
+        warnings.warn(f"{where} is true, but there is no C++ compiler here (g++ or clang++): running uncompiled", stacklevel=2)
+        return False
+    module.compile(dynamic=dynamic)
+    return True
+
+
+def has_compiler() -> bool:
+    """Whether torch.compile finds what it needs: a C++ compiler, which Triton needs too."""
+    named = os.environ.get("CXX")
+    usual = ("cl",) if sys.platform == "win32" else ("g++", "clang++", "c++")
+    return any(shutil.which(compiler) for compiler in ([named] if named else usual))
