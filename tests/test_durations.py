@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from vaura.data.wanted import open_clip
 from vaura.errors import InputError
-from vaura.generate import VideoToAudio, open_clip
+from vaura.generate import VideoToAudio
 from vaura.media.audio import write_wav
 from vaura.media.mux import write_video
 from vaura.timing import align_repeated, published_windows, windows
@@ -26,7 +27,7 @@ def minute(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def model(original) -> VideoToAudio:
-    return VideoToAudio(original.folder, device="cpu")
+    return VideoToAudio(original.folder, device="cpu", precision="float32", engine="torch")
 
 
 @pytest.mark.parametrize("duration", [0.1, 0.64, 1.28, 1.92, 2.56, 3.0, 5.0, 8.0, 10.0, 60.0])
@@ -85,8 +86,10 @@ def test_every_loop_gives_sound(model, minute, loop):
 
 def test_the_rolling_loop_computes_every_step_once(model, minute, monkeypatch):
     steps = []
-    step = type(model.task.lm).step
-    monkeypatch.setattr(type(model.task.lm), "step", lambda self, s, *rest: steps.append(s.shape[2]) or step(self, s, *rest))
+    predict = type(model.task.lm).predict
+    monkeypatch.setattr(
+        type(model.task.lm), "predict", lambda self, x, *rest: steps.append(x.shape[1]) or predict(self, x, *rest)
+    )
     model.generate(minute, 10.0, loop="rolling")
     assert sum(steps) == 862 + 2  # token frames that cover 10 s, and the longest delay
     steps.clear()

@@ -1,4 +1,5 @@
 import os
+import re
 import struct
 from fractions import Fraction
 from pathlib import Path
@@ -11,12 +12,14 @@ import torch
 from omegaconf import OmegaConf
 
 import vaura.generate
+from vaura.data.wanted import find_clips, open_clip
+from vaura.encoder import lazy
 from vaura.errors import InputError
-from vaura.generate import How, VideoToAudio, batches, find_clips, new_folder, open_clip, pick_device
+from vaura.generate import How, VideoToAudio, new_folder, pick_device, summary
 from vaura.launch import run
 from vaura.lm.sampling import Sampler
 from vaura.media.audio import read_audio
-from vaura.media.mux import write_video
+from vaura.media.mux import replace_sound, write_video
 from vaura.timing import align
 
 SHARED = Path(os.environ.get("VAURA_SHARED", Path(__file__).parents[2] / "shared"))
@@ -39,19 +42,24 @@ def working_folder(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def model(tiny):
-    return VideoToAudio(tiny.folder, device="cpu")
+    return VideoToAudio(tiny.folder, device="cpu", precision="float32")
 
 
 @pytest.fixture
 def keen(model, tiny, monkeypatch):
     """Features whose differences are large enough to be heard by a model that learnt next to nothing."""
-    plain = VideoToAudio.features
-    centre = plain(model, open_clip(tiny.videos[-1], 0.0, None)).mean(1, keepdim=True)
-    monkeypatch.setattr(VideoToAudio, "features", lambda self, clip: 300 * (plain(self, clip) - centre))
+    look = VideoToAudio.look
+
+    def whole(self, clip):
+        return look(self, clip).whole()
+
+    centre = whole(model, open_clip(tiny.videos[-1], 0.0, None)).mean(1, keepdim=True)
+    monkeypatch.setattr(VideoToAudio, "look", lambda self, clip: 300 * (whole(self, clip) - centre))
 
 
 def command(tiny, video, *more):
-    return run(["config=generate", f"experiment_path={tiny.folder}", f"video={video}", "device=cpu", *more])
+    asked = [f"experiment_path={tiny.folder}", f"video={video}", "device=cpu", "precision=float32"]
+    return run(["config=generate", *asked, *more])
 
 
 def bars(count, height=64, width=96):
@@ -329,10 +337,11 @@ def test_runs_of_one_second_have_folders_of_their_own(tmp_path):
     assert all(folder.is_dir() for folder in folders)
 
 
-@pytest.mark.parametrize("where", ["write_wav", "replace_sound", "read_video"])
+@pytest.mark.parametrize("where", ["write_wav", "replace_sound", "play"])
 def test_interrupted_it_leaves_no_half_file(tiny, tmp_path, monkeypatch, where):
     """The second clip's file is being made when Ctrl-C comes."""
-    calls, original = [], getattr(vaura.generate, where)
+    home = lazy if where == "play" else vaura.generate
+    calls, original = [], getattr(home, where)
 
     def interrupted(*args, **kwargs):
         calls.append(args)
@@ -340,7 +349,7 @@ def test_interrupted_it_leaves_no_half_file(tiny, tmp_path, monkeypatch, where):
             raise KeyboardInterrupt
         return original(*args, **kwargs)
 
-    monkeypatch.setattr(vaura.generate, where, interrupted)
+    monkeypatch.setattr(home, where, interrupted)
     assert command(tiny, tiny.manifest, "duration=0.2", "batch_size=1", f"out={tmp_path}/out") == 130
     for path in (tmp_path / "out").glob("*.wav"):
         assert len(sound_of(path)) == 3200
@@ -470,17 +479,21 @@ def test_a_picture_damaged_behind_its_beginning_is_told_once(tiny, tmp_path, cap
     films.mkdir()
     for name in ("a", "b"):
         film(films / f"{name}.mp4", 0.4)
-    original = vaura.generate.read_video
+    assert command(tiny, films / "b.mp4", "samples_per_video=3", f"out={tmp_path}/alone") == 0
+    original = lazy.play
 
     def damaged(path, *args, **how):
-        if path.stem == "a":
-            raise InputError(f"{path} is damaged at 0.20 s")
-        return original(path, *args, **how)
+        for number, frame in enumerate(original(path, *args, **how)):
+            if path.stem == "a" and number == 5:
+                raise InputError(f"{path} is damaged at 0.20 s")
+            yield frame
 
-    monkeypatch.setattr(vaura.generate, "read_video", damaged)
+    monkeypatch.setattr(lazy, "play", damaged)
     assert command(tiny, films, "samples_per_video=3", "batch_size=2", f"out={tmp_path}/out") == 2
     assert capsys.readouterr().err.count("is damaged at") == 1
     assert {path.stem for path in (tmp_path / "out").glob("*.wav")} == {"b_1", "b_2", "b_3"}
+    for number in (1, 2, 3):
+        assert (tmp_path / f"out/b_{number}.wav").read_bytes() == (tmp_path / f"alone/b_{number}.wav").read_bytes()
 
 
 def test_one_id_for_two_spans_is_refused(tiny, tmp_path, capsys):
@@ -502,7 +515,7 @@ def test_a_long_picture_is_encoded_in_pieces_as_if_in_one(model, tmp_path, monke
     clip = open_clip(tmp_path / "long.mp4", 0.5, None)
     whole = model.features(clip)
     lengths = []
-    monkeypatch.setattr(vaura.generate, "PIECE", 64)
+    monkeypatch.setattr(lazy, "PIECE", 64)
     model.task.encoder.register_forward_pre_hook(lambda _, args: lengths.append(args[0].shape[1]))
     pieces = model.features(clip)
     assert max(lengths) <= 64 + 2 * 25 < 288
@@ -521,10 +534,10 @@ def test_after_90_seconds_a_feature_still_meets_its_token_frame(model, tmp_path,
         dim, fps, frame_rate, size, resize, segment, context = 1, 25.0, 50.0, 16, 16, 1, 0.0
 
         def forward(self, video):
-            assert video.shape[1] <= vaura.generate.PIECE
+            assert video.shape[1] <= lazy.PIECE
             return video.float().mean((2, 3, 4)).repeat_interleave(2, 1).unsqueeze(-1)
 
-    monkeypatch.setattr(model.task, "encoder", Brightness())
+    monkeypatch.setitem(model.task._modules, "encoder", Brightness())
     features = model.features(open_clip(tmp_path / "long.mp4", 0.0, None))[0, :, 0]
     tokens = model.task.tokenizer.num_frames(90.0)
     index = align(tokens, model.task.tokenizer.frame_rate, 50.0)
@@ -533,17 +546,6 @@ def test_after_90_seconds_a_feature_still_meets_its_token_frame(model, tmp_path,
     # seen at 25 frames a second, white first shows on the frame at 80.2 s
     assert abs(int(bright[0]) / model.task.tokenizer.frame_rate - 80.2) <= 1 / model.task.tokenizer.frame_rate
     assert len(bright) == tokens - int(bright[0])
-
-
-def test_batches_hold_every_sample_once_and_one_length(model):
-    clips = [vaura.generate.Clip(str(n), Path(f"{n}.mp4"), duration=1.0 + n % 3) for n in range(10)]
-    grouped = batches(clips, 3, 4)
-    wanted = [(clip.id, number) for batch in grouped for clip, number in batch]
-    assert sorted(wanted) == sorted((clip.id, number) for clip in clips for number in range(3))
-    for batch in grouped:
-        assert len({clip.duration for clip, _ in batch}) == 1
-        assert len(batch) <= 4
-    assert len(grouped) == 3 + 3 + 3
 
 
 # --- what sounds begin with, and at what level they end ---
@@ -621,7 +623,7 @@ def test_the_original_is_saved_beside_its_sample(tiny, tmp_path):
 def test_features_are_kept_and_found_again(tiny, tmp_path, monkeypatch):
     asked = [f"features_cache={tmp_path}/cache", "duration=1"]
     assert command(tiny, tiny.videos[0], *asked, f"out={tmp_path}/first") == 0
-    monkeypatch.setattr(vaura.generate, "read_video", None)  # not read again
+    monkeypatch.setattr(lazy, "play", None)  # not read again
     assert command(tiny, tiny.videos[0], *asked, f"out={tmp_path}/second") == 0
     first, second = ((tmp_path / f"{name}/{tiny.videos[0].stem}.wav").read_bytes() for name in ("first", "second"))
     assert first == second
@@ -645,3 +647,121 @@ def test_much_that_failed_is_told_in_short_and_written_down(tmp_path):
 def test_the_published_loop_is_for_encoders_of_its_segments(tiny, tmp_path, capsys):
     assert command(tiny, tiny.videos[0], "loop=published", "window=0.64", f"out={tmp_path}/out") == 2
     assert "which this encoder has not; set loop=windows" in capsys.readouterr().err
+
+
+# --- what is drawn together, and what comes first ---
+
+
+def test_clips_of_any_lengths_sound_in_one_batch_as_they_do_alone(tiny, keen, tmp_path):
+    films = tmp_path / "films"
+    films.mkdir()
+    for number, video in enumerate(tiny.videos):
+        seconds = (0.4, 1.92, 1.0, 1.7)[number]
+        replace_sound(video, films / video.name, torch.zeros(1, round(seconds * RATE)), RATE, 0.0, seconds)
+    for name, more in (("together", "batch_size=8"), ("alone", "batch_size=1")):
+        assert command(tiny, films, more, "samples_per_video=2", f"out={tmp_path}/{name}") == 0
+    wavs = sorted(path.name for path in (tmp_path / "together").glob("*.wav"))
+    assert len(wavs) == 8
+    for name in wavs:
+        assert (tmp_path / "together" / name).read_bytes() == (tmp_path / "alone" / name).read_bytes()
+
+
+@pytest.mark.parametrize("loop", ["windows", "rolling"])
+def test_a_stream_is_the_sound_and_begins_before_the_video_was_read(model, tmp_path, monkeypatch, loop):
+    video = film(tmp_path / "film.mp4", 8.0)
+    read, closed, play = [], [], lazy.play
+
+    def counted(*args, **how):
+        try:
+            for frame in play(*args, **how):
+                read.append(len(read))
+                yield frame
+        finally:
+            closed.append(True)
+
+    monkeypatch.setattr(lazy, "play", counted)
+    monkeypatch.setattr(lazy, "FIRST", 16)
+    how = {"seed": 4, "loop": loop}
+    whole = model.generate(video, 7.9, start=0.05, normalize="limit", **how).wav
+    frames = len(read)
+    read.clear()
+    closed.clear()
+    pieces, first = [], None
+    for piece in model.stream(video, 7.9, start=0.05, **how):
+        first = first or len(read)
+        assert not closed or len(read) == frames
+        pieces.append(piece)
+    assert first < frames
+    assert len(pieces) > 1
+    streamed = torch.cat(pieces, 1)
+    assert streamed.shape == whole.shape == (1, round(7.9 * RATE))
+    # the codes are the same; iterations of the vocoder carry on the rounding of its pieces
+    torch.testing.assert_close(streamed / streamed.abs().max().clamp(min=1), whole, atol=2e-3, rtol=0)
+    assert len(read) == frames
+    assert closed
+
+
+def test_a_stream_that_is_left_closes_the_video(model, world_video, monkeypatch):
+    closed, play = [], lazy.play
+
+    def counted(*args, **how):
+        try:
+            yield from play(*args, **how)
+        finally:
+            closed.append(True)
+
+    monkeypatch.setattr(lazy, "play", counted)
+    monkeypatch.setattr(lazy, "FIRST", 16)
+    stream = model.stream(world_video)
+    next(stream)
+    assert not closed
+    stream.close()
+    assert closed
+
+
+def test_what_a_stream_cannot_do_is_told_at_once(model, world_video, tmp_path):
+    with pytest.raises(InputError, match="cannot be levelled before it is whole; leave normalize out"):
+        model.stream(world_video, normalize="lufs")
+    with pytest.raises(InputError, match="ask for"):
+        model.stream(world_video, 9.0)
+
+
+def test_what_was_made_is_told_in_one_line(tiny, tmp_path, capsys):
+    asked = ["duration=0.5", "samples_per_video=2", "engine=torch", f"out={tmp_path}/out"]
+    assert command(tiny, tiny.videos[0], *asked) == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    told = re.fullmatch(
+        r"made 1\.00 s of sound in ([\d.]+) s \(([\d.]+) times real time, (\d+) steps a second\), (\d+) MB of memory at most; "
+        r"engine: torch, float32",
+        last,
+    )
+    assert told, last
+    seconds, times, steps, memory = map(float, told.groups())
+    assert times == pytest.approx(1 / seconds, rel=0.2)
+    assert steps == pytest.approx(2 * (25 + 1) / seconds, rel=0.2)
+    assert 100 < memory < 20_000
+    assert summary(60.0, 3000, 30.0, None, "native, int8") == (
+        "made 60.00 s of sound in 30.00 s (2.00 times real time, 100 steps a second); engine: native, int8"
+    )
+
+
+@pytest.mark.parametrize("precision", ["auto", "bfloat16", "int8"])
+def test_other_precisions_sound_much_the_same(tiny, tmp_path, precision):
+    model = VideoToAudio(tiny.folder, device="cpu", precision=precision)
+    sound = model.generate(tiny.videos[0], 1.0)
+    assert sound.wav.shape == (1, RATE)
+    assert model.engine is model.engine
+    assert precision == "auto" or model.engine.name.endswith(precision)
+
+
+@pytest.mark.parametrize(
+    ("word", "told"),
+    [
+        ("precision=bfloat", "precision=bfloat is none of auto, float32, bfloat16, int8. Did you mean 'bfloat16'?"),
+        ("engine=cuda", "engine=cuda is none of auto, native, torch."),
+    ],
+)
+def test_an_engine_that_is_none_is_refused_before_anything_is_written(tiny, tmp_path, capsys, word, told):
+    assert command(tiny, tiny.videos[0], word, f"out={tmp_path}/out") == 2
+    assert told in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

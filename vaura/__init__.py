@@ -24,8 +24,11 @@ def load(
     device: str = "auto",
     overrides: Any = None,
     features_cache: str | Path | None = None,
+    precision: str = "auto",
+    engine: str = "auto",
+    compile: bool = False,
 ) -> VideoToAudio:
     """A trained experiment, of the house or of V-AURA's own, ready to generate; see `vaura.generate.VideoToAudio`."""
     from vaura.generate import VideoToAudio  # brings torch, which asking for the version does not need
 
-    return VideoToAudio(experiment_path, checkpoint, device, overrides, features_cache)
+    return VideoToAudio(experiment_path, checkpoint, device, overrides, features_cache, precision, engine, compile)

@@ -88,6 +88,9 @@ class GenerateRun:
     stride: float | None = None  # seconds between windows; none takes half a window
     seed: int = 0  # of the sampler
     device: str = "auto"  # auto, cpu, cuda, cuda:1
+    precision: str = "auto"  # number format of the LM: auto, float32, bfloat16, int8 (weights alone)
+    engine: str = "auto"  # what runs the LM: auto, native, torch
+    compile: bool = False  # whether torch compiles the LM's steps
     prompt: str | None = None  # an audio file to continue
     prepend_gt_audio: bool = False  # continue the beginning of the clip's own sound
     prompt_duration: float = 0.64  # seconds of it

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+import sys
+import time
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime
-from itertools import groupby
-from operator import attrgetter
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, overload
 
@@ -20,32 +20,25 @@ from torch import Tensor
 from vaura import experiment
 from vaura.components import check_components, instantiate
 from vaura.config import save_config
-from vaura.data.manifest import Clip, find_videos, read_manifest
+from vaura.data.manifest import Clip
+from vaura.data.wanted import Wanted, batches, check_targets, find_clips, noted, open_clip
 from vaura.encoder.cache import FeatureCache
+from vaura.encoder.lazy import LazyFeatures
 from vaura.errors import InputError, nearest
 from vaura.files import make_folder, write_lines
+from vaura.lm.engine import Engine, engine_for
 from vaura.lm.generation import Progress
 from vaura.lm.sampling import Guidance, Sampler
 from vaura.media.audio import read_audio, write_wav
 from vaura.media.loudness import HEADROOM, normalise
 from vaura.media.mux import replace_sound
-from vaura.media.video import HOLD, check_span, probe, read_video
-from vaura.progress import Bar, bar, track
+from vaura.progress import Bar, bar
 from vaura.seeds import seed_of
-from vaura.task.token_prediction import LOOPS
-from vaura.timing import count, cover, exact
-
-PIECE = 256
-"""Video frames read and encoded at once, so that the picture of an hour needs no more memory than that of ten seconds."""
-
-SHORTEST = 0.01
-"""Seconds below which there is nothing to hear."""
+from vaura.task.token_prediction import LOOPS, Looked
+from vaura.timing import count, exact
 
 TOLD = 10
 """Failures that are told in one sentence."""
-
-Wanted = tuple[Clip, int]
-"""A clip and the number of one of its samples, from 0."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +51,7 @@ class How:
         window, stride: seconds generated at once, and between the beginnings of two windows (None: half a window).
         seed: of every draw, together with the video's name, the second it begins at and the number of the sample.
         guidance_end, guidance_shape: how guidance changes within a window, see `Guidance`.
-        loop: how a sound longer than a window goes on, see `TokenPrediction.sample`.
+        loop: how a sound longer than a window goes on, see `TokenPrediction.codes`.
         normalize: the level of what is heard, see `vaura.media.loudness`.
     """
 
@@ -128,6 +121,9 @@ class VideoToAudio:
         device: "auto", "cpu", "cuda", "cuda:1".
         overrides: merged over the experiment's configuration, in memory.
         features_cache: a folder that keeps the features of pictures it has seen; None: they are computed anew.
+        precision, engine, compile: the number format of the LM's weights, what runs it, and whether torch compiles its steps,
+            see `vaura.lm.engine.engine_for`. "auto" is what is quick on this machine; in float32 a seed gives the same codes on
+            all of them.
     """
 
     def __init__(
@@ -137,12 +133,21 @@ class VideoToAudio:
         device: str = "auto",
         overrides: Any = None,
         features_cache: str | Path | None = None,
+        precision: str = "auto",
+        engine: str = "auto",
+        compile: bool = False,
     ) -> None:
         self.device = pick_device(device)
         self.cache = FeatureCache(features_cache) if features_cache else None
         self.task, self.config = experiment.load(experiment_path, checkpoint, self.device, overrides)
         settings = self.config.logging
         self.how = How(instantiate(settings.sampler), settings.guidance, float(self.config.data.duration))
+        self._engine = {"precision": precision, "engine": engine, "compiled": compile}
+
+    @cached_property
+    def engine(self) -> Engine:
+        """What runs the LM, its weights made ready when it is first used."""
+        return engine_for(self.task.lm, **self._engine)
 
     @overload
     def generate(
@@ -186,36 +191,48 @@ class VideoToAudio:
         """
         clip, drawn = open_clip(Path(video), start, duration), replace(self.how, **how)
         begun = None if prompt is None else self.read_prompt(prompt)
-        features = self.features(clip).expand(samples, -1, -1)
-        sounds = self.sounds([clip] * samples, features, drawn, begun, numbers=range(samples))
+        with _looking(self, clip) as looked:
+            sounds = self.sounds([clip] * samples, [looked] * samples, drawn, begun, numbers=range(samples))
         return sounds[0] if samples == 1 else sounds
+
+    def stream(
+        self,
+        video: str | Path,
+        duration: float | None = None,
+        start: float = 0.0,
+        prompt: str | Path | None = None,
+        **how: Any,
+    ) -> Iterator[Tensor]:
+        """The sound that `generate` gives, in pieces (A, n) at the tokenizer's rate, each as soon as it is certain.
+
+        The first comes when the first window has been drawn: what lies behind it has not been read by then, and what lies
+        before is forgotten. Closing the iterator closes the video. Pieces have the level they are drawn at, for a level is that
+        of a whole sound. The arguments are those of `generate`.
+        """
+        if "normalize" in how:
+            raise InputError("a sound that is streamed cannot be levelled before it is whole; leave normalize out")
+        clip, drawn = open_clip(Path(video), start, duration), replace(self.how, **how)
+        begun = None if prompt is None else self.read_prompt(prompt)
+        self._check_prompt(begun, clip)
+
+        def pieces() -> Iterator[Tensor]:
+            with _looking(self, clip) as looked:
+                for wav in self.task.stream([looked], clip.duration, **self._drawing(drawn, [(clip, 0)], begun)):
+                    yield wav[0].cpu()
+
+        return pieces()
 
     def features(self, clip: Clip) -> Tensor:
         """Features (1, M, E) of a clip's picture, up to the end of its last segment, from the cache where there is one."""
+        looked = self.look(clip)
+        return looked.whole() if isinstance(looked, LazyFeatures) else looked
+
+    def look(self, clip: Clip) -> Tensor | LazyFeatures:
+        """The same, read and encoded only when they are asked for; at once where there is a cache, which keeps them whole."""
+        lazy = LazyFeatures(self.task.encoder, clip, self.device)
         if self.cache is None:
-            return self._look(clip)
-        return self.cache.features(self.task.encoder, clip, lambda: self._look(clip)).to(self.device)
-
-    @torch.no_grad()
-    def _look(self, clip: Clip) -> Tensor:
-        """The picture read and encoded piece by piece, each segment once, each piece with what lies around it.
-
-        Where the last segment reaches past the end of the file, its last frame is held.
-        """
-        encoder = self.task.encoder
-        fps, begin, segment = exact(encoder.fps), exact(clip.start), encoder.segment
-        frames, around = max(cover(count(clip.duration, fps) / segment, 1), 1) * segment, cover(encoder.context, fps)
-        per_frame = exact(encoder.frame_rate) / fps
-        piece = max(PIECE // segment, 1) * segment
-        pieces = []
-        for first in range(0, frames, piece):
-            last = min(first + piece, frames)
-            low, high = max(first - around, 0), min(last + around, frames)
-            span = float(begin + low / fps), float((high - low) / fps)
-            video = read_video(clip.video, *span, encoder.fps, encoder.size, resize=encoder.resize, hold=segment > 1)
-            features = encoder(video.unsqueeze(0).to(self.device))
-            pieces.append(features[:, count(first - low, per_frame) : count(last - low, per_frame)])
-        return torch.cat(pieces, dim=1)
+            return lazy
+        return self.cache.features(self.task.encoder, clip, lazy.whole).to(self.device)
 
     def read_prompt(self, path: str | Path) -> Tensor:
         """The sound (A, N) of a file at the tokenizer's rate."""
@@ -225,43 +242,64 @@ class VideoToAudio:
     def sounds(
         self,
         clips: Sequence[Clip],
-        features: Tensor,
+        features: Looked,
         how: How,
         prompt: Tensor | None = None,
         progress: Progress | None = None,
         numbers: Sequence[int] | None = None,
     ) -> list[Sound]:
-        """Sounds of clips of one length from features (B, M, E), generated together.
+        """Sounds of clips of any lengths, generated together.
 
         Args:
+            features: (B, M, E), or of each clip what `look` gives.
             prompt: wav (A, N) that every sound begins with, or (B, A, N) of each its own. Raises InputError where it leaves
                 nothing to generate.
             numbers: which of its samples each clip gets; 0 unless given.
         """
-        rate, duration = self.task.tokenizer.sample_rate, clips[0].duration
-        if prompt is not None and prompt.shape[-1] >= count(duration, rate):
-            raise InputError(
-                f"the prompt lasts {prompt.shape[-1] / rate:.2f} s, so nothing is left to generate of the {duration:g} s of "
-                f"{clips[0].video}; give a shorter prompt"
-            )
+        rate = self.task.tokenizer.sample_rate
+        for clip in clips:
+            self._check_prompt(prompt, clip)
+        wanted = list(zip(clips, numbers or [0] * len(clips), strict=True))
         wavs = self.task.generate(
-            features,
-            duration,
-            seeds=[how.seed_for(*wanted) for wanted in zip(clips, numbers or [0] * len(clips), strict=True)],
-            sampler=how.sampler,
-            guidance=how.course,
-            window=how.window,
-            stride=how.step,
-            loop=how.loop,
-            prompt=None if prompt is None else prompt.expand(len(clips), -1, -1),
-            progress=progress,
+            features, [clip.duration for clip in clips], progress=progress, **self._drawing(how, wanted, prompt)
         )
-        levelled = normalise(wavs.cpu(), how.normalize, rate)
-        return [Sound(wav, rate, clip) for wav, clip in zip(levelled, clips, strict=True)]
+        return [Sound(normalise(wav.cpu(), how.normalize, rate), rate, clip) for wav, clip in zip(wavs, clips, strict=True)]
+
+    def _drawing(self, how: How, wanted: Sequence[Wanted], prompt: Tensor | None) -> dict[str, Any]:
+        """How the task is to draw the sounds that are wanted."""
+        return {
+            "seeds": [how.seed_for(*each) for each in wanted],
+            "sampler": how.sampler,
+            "guidance": how.course,
+            "window": how.window,
+            "stride": how.step,
+            "loop": how.loop,
+            "prompt": None if prompt is None else prompt.expand(len(wanted), -1, -1),
+            "engine": self.engine,
+        }
+
+    def _check_prompt(self, prompt: Tensor | None, clip: Clip) -> None:
+        rate = self.task.tokenizer.sample_rate
+        if prompt is not None and prompt.shape[-1] >= count(clip.duration, rate):
+            raise InputError(
+                f"the prompt lasts {prompt.shape[-1] / rate:.2f} s, so nothing is left to generate of the {clip.duration:g} s "
+                f"of {clip.video}; give a shorter prompt"
+            )
 
     def num_steps(self, duration: float) -> int:
         """Steps of the LM for `duration` seconds."""
         return self.task.lm.num_steps(self.task.tokenizer.num_frames(duration))
+
+
+@contextmanager
+def _looking(model: VideoToAudio, clip: Clip) -> Iterator[Tensor | LazyFeatures]:
+    """What `look` gives; the video is closed at the end."""
+    looked = model.look(clip)
+    try:
+        yield looked
+    finally:
+        if isinstance(looked, LazyFeatures):
+            looked.close()
 
 
 def generate(config: DictConfig) -> Path:
@@ -274,7 +312,14 @@ def generate(config: DictConfig) -> Path:
         if config[key] < 1:
             raise InputError(f"{key}={config[key]} must be 1 or more")
     model = VideoToAudio(
-        config.experiment_path, config.checkpoint, config.device, config.overridden_hparams, config.features_cache
+        config.experiment_path,
+        config.checkpoint,
+        config.device,
+        config.overridden_hparams,
+        config.features_cache,
+        config.precision,
+        config.engine,
+        config.compile,
     )
     how = How(
         instantiate(config.sampler),
@@ -289,9 +334,10 @@ def generate(config: DictConfig) -> Path:
     )
     begin = Beginning.of(config, model)
     clips, failed = find_clips(config.video, config.start, config.duration, config.data)
-    work = batches(clips, config.samples_per_video, config.batch_size)
+    work = batches(clips, config.samples_per_video, config.batch_size, alike=how.loop == "published")
     if not work:
         raise InputError(tell(failed) or f"{config.video or 'data'} names no clip; add one")
+    engine = model.engine
     below = experiment.find_experiment(config.experiment_path) / config.out_path
     out = make_folder(config.out) if config.out else new_folder(below)
 
@@ -300,21 +346,46 @@ def generate(config: DictConfig) -> Path:
 
     check_targets([out / f"{name(*wanted)}.mp4" for batch in work for wanted in batch], clips)
     save_config(config, out / experiment.CONFIG)
-    written = 0
-    with bar("sound", sum(model.num_steps(batch[0][0].duration) for batch in work)) as shown:
+    written, seconds, steps, begun = 0, 0.0, 0, time.monotonic()
+    with bar("sound", sum(model.num_steps(batch[-1][0].duration) for batch in work)) as shown:
         for batch in work:
             for sound, number in _draw(model, batch, how, begin, shown, failed):
-                with _noted(failed):
+                seconds += sound.clip.duration
+                steps += model.num_steps(sound.clip.duration)
+                with noted(failed):
                     begin.cut(sound).save(out, name(sound.clip, number))
                     written += 1
                     if config.save_original_files and number == 0:
                         kept = original(model, sound.clip, config.compress_original_audio)
                         begin.cut(kept).save(out, f"{sound.clip.id}_original")
     print(f"samples: {written} in {out}")
+    if seconds:
+        print(summary(seconds, steps, time.monotonic() - begun, peak_memory(model.device), engine.name))
     if failed:
         done = f"{written} samples are in {out}, but not all: " if written else ""
         raise InputError(done + tell(list(dict.fromkeys(failed)), out / "left_out.txt"))
     return out
+
+
+def summary(seconds: float, steps: int, took: float, peak: int | None, engine: str) -> str:
+    """One line on `seconds` of sound, in all `steps` steps of the LM, that took so many seconds and `peak` bytes."""
+    memory = f", {peak / 1e6:.0f} MB of memory at most" if peak else ""
+    return (
+        f"made {seconds:.2f} s of sound in {took:.2f} s ({seconds / took:.2f} times real time, {steps / took:.0f} steps a "
+        f"second){memory}; engine: {engine}"
+    )
+
+
+def peak_memory(device: torch.device) -> int | None:
+    """Bytes that this process has held at most, on its CUDA device or else in main memory; None where nobody tells."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if sys.platform == "win32":
+        return None
+    import resource  # of Unix
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
 
 
 def tell(failed: Sequence[str], path: Path | None = None) -> str:
@@ -380,111 +451,47 @@ def original(model: VideoToAudio, clip: Clip, compressed: bool) -> Sound:
 def _draw(
     model: VideoToAudio, batch: list[Wanted], how: How, begin: Beginning, shown: Bar, failed: list[str]
 ) -> list[tuple[Sound, int]]:
-    """The sounds of a batch with their numbers; a clip that cannot be read is told in `failed`."""
-    done, features, prompts = shown.done, dict[str, Tensor](), dict[str, Tensor | None]()
+    """The sounds of a batch with their numbers; a clip that cannot be read is told in `failed`, and the others go on."""
+    done, prompts = shown.done, dict[str, Tensor | None]()
     for clip in {clip.id: clip for clip, _ in batch}.values():
-        shown.update(done, f"look at {clip.id}")
-        with _noted(failed):
+        with noted(failed):
             prompts[clip.id] = begin.prompts(model, [clip])
-            features[clip.id] = model.features(clip)
-    readable = [(clip, number) for clip, number in batch if clip.id in features]
+    left, sounds, lost = [wanted for wanted in batch if wanted[0].id in prompts], list[Sound](), {""}
+    while left and lost:
+        sounds, lost = _attempt(model, left, how, prompts, shown, failed)
+        shown.update(done)
+        left = [wanted for wanted in left if wanted[0].id not in lost]
+    shown.update(done + model.num_steps(batch[-1][0].duration))
+    return [(sound, number) for sound, (_, number) in zip(sounds, left, strict=False)]
+
+
+def _attempt(
+    model: VideoToAudio,
+    batch: list[Wanted],
+    how: How,
+    prompts: dict[str, Tensor | None],
+    shown: Bar,
+    failed: list[str],
+) -> tuple[list[Sound], set[str]]:
+    """The sounds of a batch, or none and the ids of clips whose picture cannot be read: that may show on the way."""
+    done, looked = shown.done, dict[str, Tensor | LazyFeatures]()
+    clips, numbers = zip(*batch, strict=True)
+    for clip in {clip.id: clip for clip in clips}.values():
+        shown.update(done, f"look at {clip.id}")
+        with noted(failed):
+            looked[clip.id] = model.look(clip)
+    if lost := {clip.id for clip in clips} - set(looked):
+        return [], lost
+    note = "sound for " + (clips[0].id if len(looked) == 1 else f"{len(looked)} videos")
+    begun = [prompt for clip in clips if (prompt := prompts[clip.id]) is not None]
     sounds: list[Sound] = []
-    if readable:
-        clips, numbers = zip(*readable, strict=True)
-        note = "sound for " + (clips[0].id if len(features) == 1 else f"{len(features)} videos")
-        stacked = torch.cat([features[clip.id] for clip in clips])
-        first = [prompt for clip in clips if (prompt := prompts[clip.id]) is not None]
-        prompt = torch.cat(first) if first else None
-        with _noted(failed):
-            sounds = model.sounds(clips, stacked, how, prompt, lambda steps, _: shown.update(done + steps, note), numbers)
-    shown.update(done + model.num_steps(batch[0][0].duration))
-    return [(sound, number) for sound, (_, number) in zip(sounds, readable, strict=False)]
-
-
-@contextmanager
-def _noted(failed: list[str]) -> Iterator[None]:
-    """What a person did wrong with one clip does not stop the others."""
-    try:
-        yield
-    except InputError as error:
-        failed.append(str(error))
-
-
-def batches(clips: Sequence[Clip], samples: int, batch_size: int) -> list[list[Wanted]]:
-    """Every sample of every clip, in batches of one length, the shortest first."""
-    work = []
-    for _, alike in groupby(sorted(clips, key=attrgetter("duration")), key=attrgetter("duration")):
-        wanted = [(clip, number) for clip in alike for number in range(samples)]
-        work += [wanted[first : first + batch_size] for first in range(0, len(wanted), batch_size)]
-    return work
-
-
-def find_clips(
-    video: str | Path | None, start: float, duration: float | None, data: Any = None
-) -> tuple[list[Clip], list[str]]:
-    """The clips that `video` (a file, folder or manifest) or else `data` names, and a sentence for each that cannot be used.
-
-    Their ids are what their samples are called. Raises InputError where nothing can be looked for.
-    """
-    if (video is None) == (data is None):
-        raise InputError("give video=FILE_OR_FOLDER, or a corpus by data, one of the two")
-    failed: list[str] = []
-    if video is not None:
-        path, listed = Path(video), Path(video).suffix == ".jsonl"
-        named = list(_named_clips(path))
-    else:
-        selection = instantiate(data, duration=duration)
-        path, listed, named = "data", True, selection.clips
-        failed += selection.left_out
-    check_span(path, start, duration)
-    twice = [name for name, times in Counter(clip.id for clip in named).items() if times > 1]
-    if twice:
-        raise InputError(f"{path} names '{twice[0]}' twice, and its samples would be written over; give every clip its own id")
-    clips = []
-    for clip in track(named, "look at the videos", len(named)):
-        with _noted(failed):
-            length = clip.duration - start if duration is None and listed else duration
-            span = open_clip(clip.video, clip.start + start, length)
-            clips.append(replace(clip, start=span.start, duration=span.duration))
-    return clips, failed
-
-
-def _named_clips(path: Path) -> Iterator[Clip]:
-    """The clips of a manifest; of other files the length is not known yet."""
-    if path.suffix == ".jsonl":
-        for clip in read_manifest(path):
-            if Path(clip.id).is_absolute() or ".." in Path(clip.id).parts:
-                raise InputError(f"{path}: samples cannot be called '{clip.id}'; an id is a name, or a path below a folder")
-            yield clip
-        return
-    videos = find_videos(path) if path.is_dir() else [path]
-    names = [video.relative_to(path) if path.is_dir() else Path(video.name) for video in videos]
-    taken = Counter(name.with_suffix("") for name in names)
-    for video, name in zip(videos, names, strict=True):
-        alone = taken[name.with_suffix("")] == 1
-        yield Clip((name.with_suffix("") if alone else name).as_posix(), video, duration=math.nan)
-
-
-def open_clip(video: Path, start: float, duration: float | None) -> Clip:
-    """The span of a video to give sound to, by default to its end. Raises InputError where the video has no such span."""
-    check_span(video, start, duration)
-    length = probe(video).duration
-    if start >= length:
-        raise InputError(f"{video} lasts {length:.2f} s; it cannot begin at start={start:g}")
-    left = length - start
-    if duration is not None and duration > left + HOLD:
-        raise InputError(f"{video} lasts {length:.2f} s, so {duration:g} s from {start:g} s do not fit; ask for {left:.2f} s")
-    if (left if duration is None else duration) < SHORTEST:
-        raise InputError(f"nothing is heard in less than {SHORTEST} s of {video}; ask for more, or begin earlier")
-    return Clip(id=video.stem, video=video, duration=left if duration is None else duration, start=start)
-
-
-def check_targets(targets: Iterable[Path], clips: Iterable[Clip]) -> None:
-    """Raise InputError where a video would be written over."""
-    sources = {clip.video.resolve() for clip in clips}
-    for target in targets:
-        if target.resolve() in sources:
-            raise InputError(f"{target} is a video to give sound to and would be written over; choose another output folder")
+    with noted(failed):
+        features, prompt = [looked[clip.id] for clip in clips], torch.cat(begun) if begun else None
+        sounds = model.sounds(clips, features, how, prompt, lambda steps, _: shown.update(done + steps, note), numbers)
+    lazy = {name: each for name, each in looked.items() if isinstance(each, LazyFeatures)}
+    for each in lazy.values():
+        each.close()
+    return sounds, {name for name, each in lazy.items() if each.error}
 
 
 def new_folder(parent: Path) -> Path:
