@@ -12,26 +12,29 @@ from __future__ import annotations
 
 import argparse
 import sys
+from importlib import import_module
 
-from benchmarks import decode, encode, load, train
 from benchmarks.measure import machine, show
 
 from vaura.errors import InputError
 
-VERBS = {"decode": decode, "encode": encode, "train": train, "load": load}
+VERBS = ("decode", "encode", "train", "load")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    verbs = parser.add_subparsers(dest="verb", required=True, metavar="|".join(VERBS))
-    for name, module in VERBS.items():
-        verb = verbs.add_parser(name, description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-        verb.add_argument("--json", metavar="FILE", help="also write every time to this file")
-        verb.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1")
-        module.add_arguments(verb)
-    args = parser.parse_args()
+    parser.add_argument("verb", choices=VERBS)
+    verb = parser.parse_args(sys.argv[1:2]).verb
+    module = import_module(f"benchmarks.{verb}")  # the others, and what they need, stay unopened
+    parser = argparse.ArgumentParser(
+        f"benchmark.py {verb}", description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--json", metavar="FILE", help="also write every time to this file")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1")
+    module.add_arguments(parser)
+    args = parser.parse_args(sys.argv[2:])
     try:
-        show(VERBS[args.verb].run(args), machine(args.device), args.json)
+        show(module.run(args), machine(args.device), args.json)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -12,7 +12,8 @@ import pytest
 
 from vaura import weights
 from vaura.errors import InputError
-from vaura.weights import cache_folder, fetch, fetch_archive
+from vaura.files import cache_folder
+from vaura.weights import fetch, fetch_archive
 
 CONTENT = bytes(range(256)) * 9000  # 2.3 MB
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
@@ -184,7 +185,7 @@ def test_the_cache_follows_the_environment(monkeypatch, server, tmp_path):
     monkeypatch.setenv("VAURA_CACHE", str(tmp_path / "cache"))
     assert fetch(server.url, SHA256).parent == tmp_path / "cache" / "weights"
     monkeypatch.delenv("VAURA_CACHE")
-    assert cache_folder() == Path.home() / ".cache" / "vaura" / "weights"
+    assert cache_folder("weights") == Path.home() / ".cache" / "vaura" / "weights"
 
 
 def test_an_interrupted_download_goes_on_where_it_stopped(server, tmp_path):

@@ -19,15 +19,14 @@ from collections.abc import Callable
 import torch
 
 from benchmarks.measure import Line, Table, interleaved
-from vaura import experiment
 from vaura.errors import InputError
 from vaura.lm.engine import DTYPES, Engine, NativeEngine, TorchEngine
 from vaura.lm.generation import Run, generate, generate_slow
 from vaura.lm.llama import TokenLM
 from vaura.lm.native import NoLibrary
+from vaura.lm.pattern import delay, undelay
 from vaura.lm.sampling import Guidance, Sampler
 from vaura.protocols import ABSENT, Condition
-from vaura.train import load_data
 
 CODEBOOKS, CODES = 9, 1024
 FRAMES = 221  # 2.56 s of DAC
@@ -214,6 +213,9 @@ def whole_sounds(lm: TokenLM, precisions: list[str]) -> Table:
 @torch.no_grad()
 def cost(folder: str, precisions: list[str]) -> Table:
     """Held-out loss and agreement of the most likely tokens, each format beside float32, on the clips that validate."""
+    from vaura import experiment  # here, for they open Lightning
+    from vaura.train import load_data
+
     task, config = experiment.load(folder)
     data = load_data(config, task, needs=("val",))
     engines = {name: engine_of(task.lm, name) for name in ("float32", *precisions)}
@@ -252,8 +254,6 @@ def engine_of(lm: TokenLM, precision: str) -> Engine:
 
 def predicted(engine: Engine, codes: torch.Tensor, condition: Condition) -> torch.Tensor:
     """Logits (B, K, T, V) aligned with codes (B, K, T), all of them given."""
-    from vaura.lm.pattern import delay, undelay
-
     lm = engine.lm
     steps = torch.nn.functional.pad(delay(codes, lm.delays, ABSENT), (1, -1), value=ABSENT)
     stream = engine.open(len(codes), steps.shape[2])

@@ -41,6 +41,9 @@ class Tones(nn.Module):
     def decode(self, codes: Tensor) -> Tensor:
         return ((codes[:, 0] * V + codes[:, 1]) / 64.0).repeat_interleave(24, dim=1).unsqueeze(1)
 
+    def stream(self, pieces):
+        return (self.decode(codes) for codes in pieces)
+
 
 class Eyes(nn.Module):
     """An encoder whose feature is the mean picture, five times."""

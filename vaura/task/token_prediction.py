@@ -188,20 +188,13 @@ class TokenPrediction(LightningModule):
 
     @torch.no_grad()
     def stream(self, features: Looked, duration: float, **how: Any) -> Iterator[Tensor]:
-        """The sound that `generate` makes of clips of one length, (B, A, n) after (B, A, n), each as soon as it is certain.
-
-        A tokenizer that cannot decode as codes come gives all of it at the end.
-        """
+        """The sound that `generate` makes of clips of one length, (B, A, n) after (B, A, n), each as soon as it is certain."""
         pieces, _, _ = self.codes(features, duration, **how)
-        decode = getattr(self.tokenizer, "stream", None) or self._decode_at_end
         left = count(duration, self.tokenizer.sample_rate)
-        for wav in decode(pieces):
+        for wav in self.tokenizer.stream(pieces):
             if wav.shape[-1] and left:
                 yield wav[..., :left]
                 left -= min(wav.shape[-1], left)
-
-    def _decode_at_end(self, pieces: Iterator[Tensor]) -> Iterator[Tensor]:
-        yield self.tokenizer.decode(torch.cat(list(pieces), dim=2))
 
     @torch.no_grad()
     def sample(self, features: Looked, duration: float | Sequence[float], **how: Any) -> Tensor:
