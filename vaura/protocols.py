@@ -33,7 +33,11 @@ class Codebook(NamedTuple):
 
 @runtime_checkable
 class Tokenizer(Protocol):
-    """Signal <-> codes. Frozen inside a task."""
+    """Signal <-> codes. Frozen inside a task.
+
+    One that is a module may name in `decoding` the parts of it that codes do not depend on: what was encoded before stays valid
+    when these change.
+    """
 
     num_codebooks: int
     codebook_size: int

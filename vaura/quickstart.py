@@ -8,7 +8,6 @@ Every stage leaves a file; a run that was interrupted goes on behind the last on
 from __future__ import annotations
 
 import json
-import os
 import platform
 import time
 from collections.abc import Iterator
@@ -30,6 +29,7 @@ from vaura.data.module import VideoData
 from vaura.data.world import World, build, fingerprint
 from vaura.errors import InputError
 from vaura.evaluate import Judge, impact_times, listen, only_material, shifted, write_json
+from vaura.files import cache_folder
 from vaura.generate import How, Sound, VideoToAudio
 from vaura.media.audio import read_audio
 from vaura.progress import track
@@ -115,8 +115,8 @@ def plan(config: DictConfig) -> tuple[World, dict[str, range], Path]:
             raise InputError(f"world.clips.{split}={number} will not do; give a number of clips, at least {least}")
         seeds[split] = range(begin, begin + number)
     world = instantiate(config.world.settings)
-    root = Path(config.world.cache or os.environ.get("VAURA_CACHE") or "~/.cache/vaura").expanduser().resolve()
-    return world, seeds, (root if config.world.cache else root / "worlds") / fingerprint(world, seeds)
+    root = Path(config.world.cache).expanduser() if config.world.cache else cache_folder("worlds")
+    return world, seeds, root.resolve() / fingerprint(world, seeds)
 
 
 def check_data(config: DictConfig, world: World, home: Path) -> None:

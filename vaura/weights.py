@@ -26,7 +26,7 @@ from urllib.parse import unquote, urlsplit
 from urllib.request import Request, urlopen
 
 from vaura.errors import InputError
-from vaura.files import make_folder, write_aside
+from vaura.files import cache_folder, make_folder, write_aside
 from vaura.progress import bar
 
 MEGABYTE = 1_000_000
@@ -76,13 +76,8 @@ def fetch_archive(url: str, digest: str | None, folder: Path | None = None) -> P
     return inside[0] if len(inside) == 1 and inside[0].is_dir() else unpacked
 
 
-def cache_folder() -> Path:
-    """$VAURA_CACHE/weights, or ~/.cache/vaura/weights."""
-    return Path(os.environ.get("VAURA_CACHE") or "~/.cache/vaura").expanduser() / "weights"
-
-
 def _place(url: str, folder: Path | None) -> Path:
-    return (cache_folder() if folder is None else Path(folder)) / unquote(posixpath.basename(urlsplit(url).path))
+    return (cache_folder("weights") if folder is None else Path(folder)) / unquote(posixpath.basename(urlsplit(url).path))
 
 
 @contextmanager

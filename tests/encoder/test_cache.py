@@ -166,6 +166,36 @@ def test_a_tokenizer_has_a_fingerprint_too():
     assert fingerprint(one, Tokenizer) != before
 
 
+def test_what_only_decodes_does_not_count():
+    class Codec(nn.Module):
+        decoding = ("decoder",)
+
+        def __init__(self, width: int = 2, decoded: int = 2) -> None:
+            super().__init__()
+            self.encoder, self.decoder = nn.Conv1d(1, width, 2), nn.Conv1d(decoded, 1, 2)
+            self.decoder_of_all = nn.Parameter(torch.zeros(2))
+            for parameter in self.parameters():
+                nn.init.zeros_(parameter)
+
+    before = fingerprint(Codec(), Tokenizer)
+    assert fingerprint(Codec(decoded=3), Tokenizer) == before
+    louder = Codec()
+    nn.init.ones_(louder.decoder.weight)
+    louder.decoder.half()
+    assert fingerprint(louder, Tokenizer) == before
+    nn.init.ones_(louder.decoder_of_all)
+    assert fingerprint(louder, Tokenizer) != before
+    assert fingerprint(Codec(width=3), Tokenizer) != before
+
+
+def test_what_is_no_module_is_known_by_its_settings():
+    class Plain:
+        def __init__(self, levels: int) -> None:
+            self.settings = {"levels": levels}
+
+    assert fingerprint(Plain(2), Tokenizer) == fingerprint(Plain(2), Tokenizer) != fingerprint(Plain(3), Tokenizer)
+
+
 BROKEN = {
     "empty": lambda data: b"",
     "cut in its header": lambda data: data[:20],

@@ -22,9 +22,9 @@ from torch import Tensor, nn
 
 from vaura.checkpoint import load_exactly, tensors_in
 from vaura.errors import InputError
-from vaura.files import write_aside
+from vaura.files import cache_folder, write_aside
 from vaura.precision import compile_in_place, name_of, precision_of
-from vaura.weights import cache_folder, fetch
+from vaura.weights import fetch
 
 PUBLISHED = (
     "https://a3s.fi/swift/v1/AUTH_a235c0f452d648828f745589cde1219a/sync/sync_models/23-12-22T16-10-50/checkpoints/epoch_best.pt"
@@ -70,7 +70,7 @@ class AVCLIP(nn.Module):
             raise InputError(f"encoder.batch_size is {batch_size}; encode at least 1 segment at once")
         self.dtype = precision_of(precision, "encoder.precision")
         self.batch_size, self.head_width, self._resize, self._compile = batch_size, head_width, resize, compile
-        self.load(weights or fetch(PUBLISHED, PUBLISHED_DIGEST, cache_folder() / "avclip"))
+        self.load(weights or fetch(PUBLISHED, PUBLISHED_DIGEST, cache_folder("weights") / "avclip"))
 
     @property
     def settings(self) -> dict[str, Any]:

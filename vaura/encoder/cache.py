@@ -85,8 +85,9 @@ class FeatureCache:
 def fingerprint(part: object, contract: type = Encoder) -> str:
     """32 hex digits that change with the class, settings, weights and precision of an encoder, and not with its device.
 
-    So of a tokenizer, whose contract is another. Settings are what the contract names, `settings` where the part has them, and
-    what its own parts print.
+    So of a tokenizer, whose contract is another: there they change with what decides its codes, and not with what turns codes
+    into sound, see `Tokenizer`. Settings are what the contract names, `settings` where the part has them, and what its own
+    parts print.
     """
     digest = hashlib.sha256(_description(part, contract).encode())
     for key, value in sorted(_weights(part).items()):
@@ -97,11 +98,22 @@ def fingerprint(part: object, contract: type = Encoder) -> str:
 
 def _description(part: object, contract: type = Encoder) -> str:
     told = {name: getattr(part, name, None) for name in (*contract.__annotations__, "settings")}
-    return f"{type(part).__module__}.{type(part).__qualname__} {told} {part}"
+    if isinstance(part, nn.Module):
+        modules = [(name, module) for name, module in part.named_modules() if not _decodes(part, name)]
+        inside = str([f"{name}: {type(module).__qualname__}({module.extra_repr()})" for name, module in modules])
+    else:
+        inside = "" if told["settings"] is not None else repr(part)
+    return f"{type(part).__module__}.{type(part).__qualname__} {told} {inside}"
 
 
 def _weights(part: object) -> dict[str, Tensor]:
-    return part.state_dict() if isinstance(part, nn.Module) else {}
+    state = part.state_dict() if isinstance(part, nn.Module) else {}
+    return {key: value for key, value in state.items() if not _decodes(part, key)}
+
+
+def _decodes(part: object, name: str) -> bool:
+    """Whether a weight or a module of a tokenizer is one that only decodes."""
+    return f"{name}.".startswith(tuple(f"{beginning}." for beginning in getattr(part, "decoding", ())))
 
 
 def _read(path: Path) -> Tensor | None:

@@ -15,13 +15,13 @@ from torch.nn import functional as F
 
 from vaura.checkpoint import load_exactly, plain, read_checkpoint, tensors_in
 from vaura.errors import InputError
-from vaura.files import write_aside
+from vaura.files import cache_folder, write_aside
 from vaura.media.pieces import join, stream
 from vaura.precision import compile_in_place, name_of, precision_of
 from vaura.protocols import Codebook
 from vaura.timing import cover
 from vaura.tokenizer.dac_network import Codec, Sizes, folded
-from vaura.weights import cache_folder, fetch
+from vaura.weights import fetch
 
 RELEASES = "https://github.com/descriptinc/descript-audio-codec/releases/download/"
 PREFIXES = ("audio_encoder.model.", "model.", "")  # in a checkpoint of V-AURA; in one of a training; in the published file
@@ -81,6 +81,7 @@ class DAC(nn.Module):
 
     channels = 1
     piece = 2.0  # seconds: on a CPU longer ones wait for memory, and shorter ones are for the most part their own surroundings
+    decoding = ("codec.decoder",)
     codec: Codec
 
     def __init__(
@@ -101,7 +102,7 @@ class DAC(nn.Module):
         self.decoder_precision = precision_of(decoder_precision or precision, "tokenizer.decoder_precision")
         self.compile_networks = compile
         self.wanted = num_codebooks
-        self.load(weights or fetch(RELEASES + published.file, published.sha256, cache_folder() / "dac"))
+        self.load(weights or fetch(RELEASES + published.file, published.sha256, cache_folder("weights") / "dac"))
         if weights is None and self.codec.sizes != published.sizes:
             raise InputError(f"{RELEASES}{published.file} is not the {model} model that was published; set tokenizer.weights")
 

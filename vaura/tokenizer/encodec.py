@@ -72,6 +72,7 @@ class EnCodec(nn.Module):
 
     codebook_size = 1024
     piece = PIECE
+    decoding = ("decoder",)
 
     def __init__(
         self,

@@ -41,6 +41,7 @@ class MelKMeans(nn.Module):
 
     channels = 1
     piece = PIECE
+    decoding = ("vocoder", "correction")
     mean: Tensor  # (D,) with D = stack * n_mels
     codebooks: Tensor  # (K, V, D)
     correction: Tensor  # (3 D, D)
