@@ -1,8 +1,10 @@
 """Training from kept codes and features, tiny: the same run as from the files, resumed and shared like any other."""
 
+import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,9 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from vaura.data import clips
+from vaura.errors import InputError
 from vaura.launch import run
+from vaura.task.callbacks import Preview
 from vaura.task.token_prediction import TokenPrediction
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -83,6 +87,31 @@ def test_kept_tokens_train_what_the_files_train(command, tmp_path, monkeypatch):
     no_files(monkeypatch)
     assert run([*command, ONE, *cache, f"hydra.run.dir={tmp_path / 'again'}"]) == 0
     assert_same_run(tmp_path / "again", tmp_path / "kept", 0)
+
+
+def test_nothing_to_learn_from_is_told(command, tmp_path, monkeypatch, capsys):
+    """And not trained on, in empty batches."""
+
+    def damaged(path, *_, **__):
+        raise InputError(f"{path} is damaged")
+
+    monkeypatch.setattr(clips, "read_video", damaged)
+    with pytest.warns(UserWarning, match="is damaged"):
+        assert (
+            run([*command, ONE, f"data.cache={tmp_path / 'cache'}", "data.takes=2", f"hydra.run.dir={tmp_path / 'run'}"]) == 2
+        )
+    assert re.search(r"none of the train clips of .* can be read; see the warnings above", capsys.readouterr().err)
+
+
+def test_a_preview_is_not_counted_in_the_pace(command, tmp_path, monkeypatch):
+    """Two of 4 s in a training of six steps that take some hundredths of a second each."""
+    monkeypatch.setattr(Preview, "on_validation_end", lambda *_: time.sleep(4))
+    assert run([*command, ONE, "logging.peak_flops=1e12", f"hydra.run.dir={tmp_path}"]) == 0
+    board = EventAccumulator(str(tmp_path / "tensorboard"))
+    board.Reload()
+    pace = [event.value for event in board.Scalars("throughput/frames_per_second")]
+    assert len(pace) == 6
+    assert pace[3] > 32 / 3  # of the step behind the first validation: its clip has 32 token frames
 
 
 def test_fewer_takes_are_another_training(command, tmp_path):

@@ -4,7 +4,7 @@ from torch import nn
 
 from vaura import precision
 from vaura.errors import InputError
-from vaura.precision import compile_in_place, has_compiler, name_of, precision_of
+from vaura.precision import can_compile, compile_in_place, has_compiler, name_of, precision_of
 
 
 @pytest.mark.parametrize("name", ["float32", "bfloat16", "float16"])
@@ -46,3 +46,18 @@ def test_a_module_stays_what_it_prints_and_holds(monkeypatch):
     monkeypatch.setattr(precision, "has_compiler", lambda: True)
     assert compile_in_place(module, "x.compile", dynamic=False)
     assert (str(module), list(module.state_dict())) == before
+
+
+def test_what_is_missing_to_compile_is_one_sentence(monkeypatch):
+    monkeypatch.setattr(precision, "has_compiler", lambda: False)
+    with pytest.warns(UserWarning, match=r"^x is blocks, but there is no C\+\+ compiler here .*: running uncompiled$"):
+        assert not can_compile("x is blocks", torch.device("cpu"))
+    monkeypatch.setattr(precision, "has_compiler", lambda: True)
+
+    def broken(*_):
+        raise RuntimeError("Triton is missing\nand more")
+
+    monkeypatch.setattr(torch, "compile", broken)
+    with pytest.warns(UserWarning, match=r"^x is blocks, but torch cannot compile for cpu \(Triton is missing\): running"):
+        assert not can_compile("x is blocks", torch.device("cpu"))
+    assert can_compile("x is true")

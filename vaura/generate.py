@@ -189,6 +189,8 @@ class VideoToAudio:
             prompt: an audio file whose sound the clip begins with.
             how: fields of `How` to change; the rest is what the experiment previewed itself with.
         """
+        if samples < 1:
+            raise InputError(f"samples={samples} must be 1 or more")
         clip, drawn = open_clip(Path(video), start, duration), replace(self.how, **how)
         begun = None if prompt is None else self.read_prompt(prompt)
         with _looking(self, clip) as looked:
@@ -213,7 +215,7 @@ class VideoToAudio:
             raise InputError("a sound that is streamed cannot be levelled before it is whole; leave normalize out")
         clip, drawn = open_clip(Path(video), start, duration), replace(self.how, **how)
         begun = None if prompt is None else self.read_prompt(prompt)
-        self._check_prompt(begun, clip)
+        self.check_prompt(begun, clip)
 
         def pieces() -> Iterator[Tensor]:
             with _looking(self, clip) as looked:
@@ -258,7 +260,7 @@ class VideoToAudio:
         """
         rate = self.task.tokenizer.sample_rate
         for clip in clips:
-            self._check_prompt(prompt, clip)
+            self.check_prompt(prompt, clip)
         wanted = list(zip(clips, numbers or [0] * len(clips), strict=True))
         wavs = self.task.generate(
             features, [clip.duration for clip in clips], progress=progress, **self._drawing(how, wanted, prompt)
@@ -278,7 +280,8 @@ class VideoToAudio:
             "engine": self.engine,
         }
 
-    def _check_prompt(self, prompt: Tensor | None, clip: Clip) -> None:
+    def check_prompt(self, prompt: Tensor | None, clip: Clip) -> None:
+        """Raise InputError where `prompt` (..., N) leaves nothing to generate of `clip`."""
         rate = self.task.tokenizer.sample_rate
         if prompt is not None and prompt.shape[-1] >= count(clip.duration, rate):
             raise InputError(
@@ -455,7 +458,9 @@ def _draw(
     done, prompts = shown.done, dict[str, Tensor | None]()
     for clip in {clip.id: clip for clip, _ in batch}.values():
         with noted(failed):
-            prompts[clip.id] = begin.prompts(model, [clip])
+            prompt = begin.prompts(model, [clip])
+            model.check_prompt(prompt, clip)
+            prompts[clip.id] = prompt
     left, sounds, lost = [wanted for wanted in batch if wanted[0].id in prompts], list[Sound](), {""}
     while left and lost:
         sounds, lost = _attempt(model, left, how, prompts, shown, failed)

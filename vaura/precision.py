@@ -44,14 +44,30 @@ def multiplies_bfloat16(device: torch.device | None = None) -> bool:
 def compile_in_place(module: nn.Module, where: str, *, dynamic: bool) -> bool:
     """Have `module` compiled when it is first called; its parts, its keys and what it prints stay as they are.
 
-    `dynamic`: one compilation serves all lengths. Without a compiler it stays as it is, and a warning that begins with `where`
-    says so. Returns whether it will be compiled.
+    `dynamic`: one compilation serves all lengths. Where `can_compile` says no it stays as it is. Returns whether it will be
+    compiled.
     """
-    if not has_compiler():
-        warnings.warn(f"{where} is true, but there is no C++ compiler here (g++ or clang++): running uncompiled", stacklevel=2)
+    if not can_compile(f"{where} is true"):
         return False
     module.compile(dynamic=dynamic)
     return True
+
+
+def can_compile(wish: str, device: torch.device | None = None) -> bool:
+    """Whether torch can compile here; where not, a warning says so, beginning with what the config said, `wish`.
+
+    A compiler is looked for. With a `device` a small function is compiled for it as well: a GPU wants more than a compiler.
+    """
+    why = "" if has_compiler() else "there is no C++ compiler here (g++ or clang++)"
+    if not why and device is not None:
+        try:
+            torch.compile(torch.neg)(torch.ones(1, device=device))
+        except Exception as error:  # torch has a different one for each thing that may be missing
+            said = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            why = f"torch cannot compile for {device} ({said})"
+    if why:
+        warnings.warn(f"{wish}, but {why}: running uncompiled", stacklevel=3)
+    return not why
 
 
 def has_compiler() -> bool:

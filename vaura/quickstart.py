@@ -90,7 +90,7 @@ def walk(config: DictConfig, folder: Path) -> None:
         if not getattr(task.encoder, "learnt", True):
             teach_encoder(config, task, data, folder)
     with timed(folder, "tokenise"):
-        tokenise(task, data, Path(config.data.get("cache") or folder / "tokens"))
+        tokenise(task, data, Path(data.cache or folder / "tokens"))
     with timed(folder, "lm"):
         learn(config, task, data, folder)
     clips = data.clips["test"]

@@ -192,6 +192,7 @@ class MakeTokens(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         task = cast(TokenPrediction, pl_module)
         self.data.make_tokens(task.tokenise, task.device, trainer.global_rank, trainer.world_size, all_agree)
+        self.data.check_tokens()
 
 
 def all_agree(number: int) -> bool:
@@ -241,8 +242,8 @@ def learn(config: DictConfig, task: TokenPrediction, data: VideoData, folder: Pa
     """Train the token LM with checkpoints by validation loss, early stopping and sound to listen to."""
     settings = config.logging
     clock = FetchClock() if config.trainer.get("profiler") is None else None
+    pace = Throughput(settings.get("peak_flops"), clock)
     watchers: list[Callback] = [MakeTokens(data), LearningRateMonitor("step"), CodebookChart()]
-    watchers.append(Throughput(settings.get("peak_flops"), clock))
     if data.clips["val"]:
         watchers += [
             ModelCheckpoint(
@@ -264,6 +265,7 @@ def learn(config: DictConfig, task: TokenPrediction, data: VideoData, folder: Pa
                 histograms=settings.histograms,
             ),
         ]
+    watchers.append(pace)  # behind the preview, which takes its time when a validation ends
     every, resume = settings.last_every, config.resume
     fit(task, data, config.trainer, folder, config.seed, "train the token LM", every, watchers, resume=resume, clock=clock)
 

@@ -31,6 +31,9 @@ from vaura.media.video import probe, read_video
 FRAMES, FPS = 64, 25
 SPAN = FRAMES / FPS
 STARTS = 40
+WORKERS, PASSES = (0, 1, 2), 3
+"""Of the data module: processes that decode, and passes over all clips that are timed."""
+
 NEAR = 12
 """Mean difference of two pictures, in grey levels, up to which they count as the same frame: converters round otherwise."""
 
@@ -221,13 +224,13 @@ def _loading(path: str, sound: float | None, what: str, clips: int) -> Table:
     ]
     dataset = ClipDataset(spans, SPAN, fps=FPS, size=224, resize=256, sample_rate=44100, channels=1, random_start=True)
     lines = []
-    for workers in (0, 1, 2):
+    for workers in WORKERS:
         order = EpochOrder(clips, shuffle=True)
         loader = ClipLoader(dataset, order, batch_size=4, workers=workers)
         for _ in loader:  # workers start, files come into memory
             pass
         line = Line(f"{workers} workers" if workers != 1 else "1 worker")
-        for _ in range(3):
+        for _ in range(PASSES):
             begin = time.perf_counter()
             for _ in loader:
                 pass

@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import shutil
+import sys
 import warnings
 from pathlib import Path
 
@@ -68,8 +69,8 @@ def data(manifest: Path, cache: Path | None, makers: dict | None = None, **setti
     plain = {"duration": 0.5, "batch_size": 2, "workers": 0, "random_start": False, "keep_in_memory": False, "val_share": 0.4}
     size = {"fps": 10, "size": 16, "resize": 24, "sample_rate": RATE, "channels": 1}
     made = VideoData(manifest=str(manifest), cache=cache and str(cache), seed=3, **{**plain, **size, **settings})
-    if cache is not None:
-        made.keep_tokens(cache, makers or {"tokenizer": "a", "encoder": "b"})
+    if made.cache is not None:
+        made.keep_tokens(made.cache, makers or {"tokenizer": "a", "encoder": "b"})
     return made
 
 
@@ -177,6 +178,33 @@ def test_what_another_made_is_not_taken(manifest, tmp_path, other):
     assert made.clips == 6
     assert set(before) < set(shards(tmp_path))
     kept(manifest, tmp_path, pytest.fail)  # and the first ones are still there
+
+
+def test_a_number_is_the_same_however_it_is_written(manifest, tmp_path):
+    kept(manifest, tmp_path, duration=1)
+    kept(manifest, tmp_path, pytest.fail, duration=1.0, fps=10.0)
+
+
+def test_a_whole_cache_may_be_closed_to_who_reads_it(manifest, tmp_path, monkeypatch):
+    kept(manifest, tmp_path, takes=2, **MOVING)
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    again = kept(manifest, tmp_path, pytest.fail, takes=2, **MOVING)
+    assert len(list(again.loader("train"))) == 2
+    with pytest.raises(InputError, match="cannot write into"):
+        kept(manifest, tmp_path, takes=3, **MOVING)
+    with pytest.raises(InputError, match="cannot write into"):
+        data(manifest, tmp_path / "new")
+
+
+def test_a_cache_may_lie_at_home(manifest, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert data(manifest, Path("~/kept")).cache == str(tmp_path / "home" / "kept")
+
+
+def test_a_reader_that_is_not_there_is_told_before_anything_is_read(manifest, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchcodec.decoders", None)
+    with pytest.raises(InputError, match=r"torchcodec cannot be used here .*reader=pyav$"):
+        data(manifest, None, reader="torchcodec")
 
 
 def test_interrupted_it_goes_on_where_it_stopped(manifest, tmp_path):

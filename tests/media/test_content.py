@@ -53,14 +53,25 @@ def test_processes_share_what_they_know(files, tmp_path, opened):
     assert opened == []
 
 
+def test_what_changed_is_read_once_whoever_knew_it_before(files, tmp_path, opened):
+    for rank in range(2):
+        Contents(tmp_path / "known", str(rank)).of(files)
+    files[0].write_bytes(b"another content")
+    now = Contents(tmp_path / "known", "0").of(files)
+    opened.clear()
+    assert Contents(tmp_path / "known", "0").of(files) == now
+    assert opened == []
+
+
 def test_what_cannot_be_read_is_not_there(files, tmp_path):
     files[1].unlink()
     assert list(Contents(tmp_path / "known").of(files)) == [files[0], *files[2:]]
 
 
-def test_a_broken_record_is_told_and_written_anew(files, tmp_path, opened):
+@pytest.mark.parametrize("broken", ['{"a', "3", '{"a": 3}'])
+def test_a_broken_record_is_told_and_written_anew(files, tmp_path, opened, broken):
     Contents(tmp_path / "known").of(files)
-    (tmp_path / "known" / "0.json").write_text('{"a')
+    (tmp_path / "known" / "0.json").write_text(broken)
     opened.clear()
     with pytest.warns(UserWarning, match=r"0\.json is broken .* read again"):
         assert list(Contents(tmp_path / "known").of(files)) == files

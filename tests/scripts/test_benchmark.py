@@ -75,3 +75,20 @@ def test_what_is_wrong_is_one_sentence():
     done = run("decode", "--precision", "float64")
     assert done.returncode == 2
     assert "--precision=float64 is none of float32, bfloat16, int8" in done.stderr
+
+
+def test_what_number_formats_cost_is_told_beside_the_loss_that_training_saw(measure, tiny):
+    """Float32 has the validation loss in the name of the checkpoint; the others are near, and agree with it mostly."""
+    from benchmarks import decode
+
+    from vaura.checkpoint import best_checkpoint
+
+    table = decode.cost(str(tiny.folder), ["bfloat16", "int8"])
+    exact, half, eighth = table.lines
+    seen = float(best_checkpoint(tiny.folder).stem.rpartition("=")[2])
+    assert exact.median == pytest.approx(seen, abs=2e-3)
+    assert half.median == pytest.approx(exact.median, abs=0.02)
+    assert eighth.median == pytest.approx(exact.median, abs=0.05)
+    agreed = [float(line.note.partition("%")[0]) for line in table.lines]
+    assert agreed[0] == 100.0
+    assert 70 < min(agreed[1:]) <= 100

@@ -25,7 +25,12 @@ def arguments(encode, *words: str) -> argparse.Namespace:
     return parser.parse_args(["--small", "--rounds", "1", "--seconds", "0.1", *words])
 
 
-def test_every_part_is_measured_beside_its_limit(encode):
+@pytest.mark.parametrize("peers", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_every_part_is_measured_beside_its_limit(encode, monkeypatch, peers):
+    """With peers it is slow, for their package takes ten seconds to open."""
+    if not peers:
+        for name in ("descript_of_transformers", "encodec_of_transformers"):
+            monkeypatch.setattr(encode, name, lambda *_: None)
     tables = encode.run(arguments(encode))
     titles = [re.sub(r", [\d.e+-]+ GFLOP$", "", table.title) for table in tables]
     ways = ("encode a second of sound", "decode a second of sound")

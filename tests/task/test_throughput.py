@@ -6,6 +6,7 @@ import types
 import pytest
 import torch
 
+from vaura.errors import InputError
 from vaura.task import throughput
 from vaura.task.throughput import FetchClock, Throughput, measured_peak
 
@@ -56,6 +57,12 @@ def test_figures_are_those_done_by_hand(monkeypatch, processes):
     assert figures["throughput/mfu"] == pytest.approx(12 * 1000 / 5 / 1000)
     assert figures["throughput/waiting"] == pytest.approx(1 / 5)
     assert shown["frames/s"] == pytest.approx(processes * 24)
+
+
+@pytest.mark.parametrize("peak", [0, -1.0, "fast"])
+def test_a_peak_that_is_none_is_refused(peak):
+    with pytest.raises(InputError, match=rf"logging\.peak_flops={peak} is no rate"):
+        Throughput(peak)
 
 
 def test_the_peak_is_found_within_its_time():

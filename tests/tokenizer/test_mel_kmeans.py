@@ -12,7 +12,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from vaura.encoder.cache import fingerprint
 from vaura.errors import InputError
+from vaura.protocols import Tokenizer
 from vaura.tokenizer.mel_kmeans import MelKMeans, dequantise, kmeans, nearest_entry, neighbours, quantise
 from vaura.vocoder.griffin_lim import GriffinLim
 
@@ -80,6 +82,15 @@ def test_a_stream_is_the_whole(fitted, unseen, cuts):
     assert list(fitted.stream([])) == []
     with pytest.raises(InputError, match="3 codebooks; the codes given have 2"):
         list(fitted.stream([codes, codes[:, :2]]))
+
+
+def test_codes_kept_on_disk_outlive_another_vocoder(fitted):
+    other = copy.deepcopy(fitted)
+    other.vocoder = GriffinLim(16_000, 64, 512, 160, 1e-3, f_max=4000.0)
+    other.correction += 1
+    assert fingerprint(other, Tokenizer) == fingerprint(fitted, Tokenizer)
+    other.codebooks += 1
+    assert fingerprint(other, Tokenizer) != fingerprint(fitted, Tokenizer)
 
 
 def test_a_vocoder_of_another_rate_is_refused():

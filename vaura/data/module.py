@@ -19,6 +19,7 @@ from vaura.data.shards import NUMBERS, KeptClips, Tokenise
 from vaura.errors import InputError
 from vaura.files import make_folder
 from vaura.media.content import Contents
+from vaura.media.torchcodec_door import check_usable
 from vaura.media.video import READERS
 from vaura.progress import Bar, bar
 
@@ -203,6 +204,8 @@ class VideoData:
             )
         if reader not in READERS:
             raise InputError(f"data.reader is '{reader}'; choose from {', '.join(READERS)}")
+        if reader == "torchcodec":
+            check_usable()
         if cache_format not in NUMBERS:
             raise InputError(f"data.cache_format is '{cache_format}'; choose from {', '.join(NUMBERS)}")
         if takes < 1:
@@ -210,7 +213,9 @@ class VideoData:
         if takes > 1 and cache is None:
             raise InputError(f"data.takes={takes} is what a cache keeps of each clip: name its folder by data.cache=FOLDER")
         if cache is not None:
-            make_folder(cache)
+            cache = str(Path(cache).expanduser())
+            if not any(Path(cache).glob("*/*.safetensors")):  # one that others have filled may be closed to this user
+                make_folder(cache)
             if takes == 1 and (random_start or random_crop or flip):
                 warnings.warn(
                     "data.takes=1 keeps one span and view of each training clip, which every epoch shows; "
@@ -304,6 +309,12 @@ class VideoData:
                 return
             time.sleep(1)
         raise InputError(f"data.cache={self.cache} is not the same to all processes; name a folder that they share")
+
+    def check_tokens(self) -> None:
+        """Raise InputError where of a split nothing is kept: a training would go on with empty batches."""
+        for split, kept in self.tokens.items():
+            if not kept.any_there:
+                raise InputError(f"none of the {split} clips of {self.clips.name} can be read; see the warnings above")
 
     def items(self, split: str) -> Iterator[Batch]:
         """Every readable clip of a split once, in order."""

@@ -131,7 +131,8 @@ class KeptClips(Dataset):
         self, clips: ClipDataset, folder: str | Path, makers: Mapping[str, str], takes: int = 1, numbers: str = "float32"
     ) -> None:
         self.clips, self.takes = clips, takes if clips.moves else 1
-        self.made_by = {"format": FORMAT, **makers, **clips.reading, "features": numbers}
+        reading = {name: float(value) if isinstance(value, int) else value for name, value in clips.reading.items()}
+        self.made_by = {"format": FORMAT, **makers, **reading, "features": numbers}
         maker = hashlib.sha256(json.dumps(self.made_by, sort_keys=True).encode()).hexdigest()[:32]
         self.shards = Shards(Path(folder) / maker)
         self._numbers = NUMBERS[numbers]
@@ -160,6 +161,11 @@ class KeptClips(Dataset):
         """Look for every item on disk."""
         found = self.shards.look()
         self._places = torch.tensor([found.get(key, (NOWHERE, 0)) for key in self._keys], dtype=torch.int32).view(-1, 2)
+
+    @property
+    def any_there(self) -> bool:
+        """Whether there is a single item."""
+        return bool((self._places[:, 0] != NOWHERE).any())
 
     @property
     def found(self) -> bytes:

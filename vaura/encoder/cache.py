@@ -43,7 +43,7 @@ class FeatureCache:
     """Features of spans of video files below `folder`, which any number of processes may share."""
 
     def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
+        self.folder = Path(folder).expanduser()
         self._fingerprints: WeakKeyDictionary[Encoder | nn.Module, tuple[Any, str]] = WeakKeyDictionary()
 
     def features(self, encoder: Encoder | nn.Module, span: Span, compute: Callable[[], Tensor]) -> Tensor:

@@ -4,7 +4,7 @@
     stream = engine.open(rows, max_steps)       # rows that are read together, each with keys and values of its own
     logits = stream.read(tokens, channel)       # of what comes after them; the stream moves on
 
-On CUDA a whole step, drawing included, is captured as a graph once and then replayed: see `Engine.repeated`. Every shape is
+On CUDA a whole step, drawing included, is captured as a graph once and then replayed: see `Engine.repeater`. Every shape is
 fixed beforehand and the position lies on the device, so nothing is compiled or captured anew as the sound grows.
 """
 
@@ -21,9 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vaura.errors import InputError, nearest
-from vaura.lm.llama import FactorisedEmbedding, TokenLM, rotary_table
+from vaura.lm.llama import FactorisedEmbedding, KVCache, TokenLM, rotary_table
 from vaura.lm.native import DTYPES, NativeCache, NoLibrary, Packed, quantise
-from vaura.precision import multiplies_bfloat16
+from vaura.precision import has_compiler, multiplies_bfloat16
 from vaura.protocols import ABSENT
 
 PRECISIONS = ("auto", *DTYPES)
@@ -36,6 +36,13 @@ AT_ONCE = 512
 
 TABLE = 1024
 """Positions whose rotations are made beforehand."""
+
+
+SLOTS = 256
+"""Steps whose multiples a compiled step's cache is rounded up to: clips shorter than a window would each be compiled anew."""
+
+SHAPES = 64
+"""Shapes, of rows and caches, for which a step may be compiled; PyTorch would give up after 8, and go on uncompiled."""
 
 
 class Stream(Protocol):
@@ -58,6 +65,10 @@ class Stream(Protocol):
         ...
 
 
+Repeater = Callable[[Callable[[], None]], None]
+"""Called as repeater(step), with the same step every time, which works on tensors that stay where they are."""
+
+
 class Engine(Protocol):
     """A token LM made ready to run."""
 
@@ -69,8 +80,8 @@ class Engine(Protocol):
         """A stream of `rows` rows and at most `max_steps` positions; with a `reach` it forgets and goes on for ever."""
         ...
 
-    def repeated(self, step: Callable[[], None]) -> Callable[[], None]:
-        """`step`, which works on tensors that stay where they are, made quick to call many times."""
+    def repeater(self) -> Repeater | None:
+        """What makes a step that is taken many times quick; None: nothing, the step is to be called as it is."""
         ...
 
 
@@ -99,6 +110,9 @@ def engine_for(lm: TokenLM, precision: str = "auto", engine: str = "auto", compi
             if engine == "native":
                 raise InputError(f"engine=native cannot run here: {reason}; set engine=torch") from reason
             warnings.warn(f"the CPU kernel is left aside, generation is slower without: {reason}", stacklevel=2)
+    if compiled and not has_compiler():
+        warnings.warn("compile is true, but there is no C++ compiler here (g++ or clang++): running uncompiled", stacklevel=2)
+        compiled = False
     return TorchEngine(lm, precision, compiled)
 
 
@@ -116,27 +130,29 @@ class TorchEngine:
             self.lm = copy.deepcopy(lm).to(dtype)
         if precision == "int8":
             _replace_linears(lm, self.lm)
-        self.predict = self._predict
+        self.compiled, self.predict = compiled, predict
         if compiled:
-            self.predict = torch.compile(self._predict, mode="max-autotune-no-cudagraphs", dynamic=False)
+            torch._dynamo.config.cache_size_limit = max(torch._dynamo.config.cache_size_limit, SHAPES)
+            self.predict = torch.compile(predict, mode="max-autotune-no-cudagraphs", dynamic=False)
 
     def open(self, rows: int, max_steps: int, reach: int | None = None) -> TorchStream:
+        if self.compiled and reach is None:
+            max_steps = -(-max_steps // SLOTS) * SLOTS
         return TorchStream(self, rows, max_steps, reach)
 
-    def repeated(self, step: Callable[[], None]) -> Callable[[], None]:
-        return Graph(step) if self.device.type == "cuda" else step
+    def repeater(self) -> Repeater | None:
+        return Graph(self.device) if self.device.type == "cuda" else None
 
-    def _predict(self, tokens: Tensor, channel: Tensor | None, position: Tensor, cache) -> Tensor:
-        return self.lm.predict(self.lm.embed(tokens, channel), position, cache).float()
+
+def predict(lm: TokenLM, tokens: Tensor, channel: Tensor | None, position: Tensor, cache: KVCache) -> Tensor:
+    """What is compiled: tokens (R, K, n) -> logits (R, K, n, V) float32."""
+    return lm.predict(lm.embed(tokens, channel), position, cache).float()
 
 
 class TorchStream:
     def __init__(self, engine: TorchEngine, rows: int, max_steps: int, reach: int | None) -> None:
         self.engine, self.cache = engine, engine.lm.new_cache(rows, max_steps, reach)
         self.rows, self.at = rows, torch.zeros(1, dtype=torch.int64, device=engine.device)
-        if engine.device.type == "cuda":
-            for held in (*self.cache.keys, *self.cache.values):
-                torch._dynamo.mark_static_address(held)
 
     def restart(self) -> None:
         self.at.zero_()
@@ -146,44 +162,49 @@ class TorchStream:
         rows, _, count = tokens.shape
         cache = self.cache if rows == self.rows else self.cache.first(rows)
         if count == 1:
-            logits = self.engine.predict(tokens, channel, self.at, cache)
+            logits = self.engine.predict(self.engine.lm, tokens, channel, self.at, cache)
             self.at += 1
             return logits.transpose(1, 2) if every else logits[:, :, -1]
         start = int(self.at)
         if cache.keys:
             cache.check_room(start, count)
         position = torch.arange(start, start + count, device=self.at.device)
-        logits = self.engine._predict(tokens, channel, position, cache)
+        logits = predict(self.engine.lm, tokens, channel, position, cache)
         self.at += count
         return logits.transpose(1, 2) if every else logits[:, :, -1]
 
 
 class Graph:
-    """A step on CUDA: called as it is while the libraries make their choices, then captured, and replayed ever after."""
+    """A step on CUDA: called as it is while the libraries make their choices, then captured, and replayed ever after.
+
+    The step is not kept: whoever owns this would otherwise hold itself, and its memory would outlive it.
+    """
 
     WARM = 3
 
-    def __init__(self, step: Callable[[], None]) -> None:
-        self.step, self.calls, self.graph = step, 0, None
-        self.side = torch.cuda.Stream()
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.calls, self.graph = device, 0, None
+        self.side = torch.cuda.Stream(device)
 
-    def __call__(self) -> None:
+    def __call__(self, step: Callable[[], None]) -> None:
         if self.graph is not None:
             self.graph.replay()
             return
         self.calls += 1
-        if self.calls <= self.WARM:
-            self.side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self.side):
-                self.step()
-            torch.cuda.current_stream().wait_stream(self.side)
-            return
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):  # records, and does nothing
-            self.step()
-        self.graph = graph
-        graph.replay()
+        with torch.cuda.device(self.device):
+            if self.calls <= self.WARM:
+                self.side.wait_stream(torch.cuda.current_stream())
+                with torch.cuda.stream(self.side):
+                    step()
+                torch.cuda.current_stream().wait_stream(self.side)
+                return
+            torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            # thread_local: a thread that pins what a DataLoader brings must not end the capture
+            with torch.cuda.graph(graph, stream=self.side, capture_error_mode="thread_local"):  # records, and does nothing
+                step()
+            self.graph = graph
+            graph.replay()
 
 
 class Int8Linear(nn.Module):
@@ -227,8 +248,8 @@ class NativeEngine:
     def open(self, rows: int, max_steps: int, reach: int | None = None) -> NativeStream:
         return NativeStream(self, rows, max_steps if reach is None else min(max_steps, 1 + reach), reach)
 
-    def repeated(self, step: Callable[[], None]) -> Callable[[], None]:
-        return step
+    def repeater(self) -> None:
+        return None
 
     def embed(self, tokens: Tensor, channel: Tensor | None) -> Tensor:
         """tokens (R, K, n) beside channel (R, n, C) -> (R n, D) float32."""

@@ -78,7 +78,7 @@ class Run:
         self.position = 0
         if not held or self.live != self.clips:
             self.live, self.channel = self.clips, None
-            self.repeat = self.engine.repeated(self._draw)
+            self.repeat = self.engine.repeater()
 
     def look(self, condition: Condition, start: int) -> None:
         """From here on see the condition (clips, then nulls) of the positions from `start` on."""
@@ -95,7 +95,7 @@ class Run:
             return
         self.channel = channel.contiguous()
         self.begins = torch.full((1,), start, device=channel.device)
-        self.repeat = self.engine.repeated(self._draw)
+        self.repeat = self.engine.repeater()
 
     def read(self, stop: int) -> None:
         """Read what is known before position `stop`, without drawing."""
@@ -109,9 +109,12 @@ class Run:
     def draw(self) -> None:
         """Read the next position, and draw what its step holds."""
         wanted = sum(end > self.position for end in self.ends)
-        if 0 < wanted < self.live and (wanted <= self.live // 2 or self.repeat == self._draw):
-            self.live, self.repeat = wanted, self.engine.repeated(self._draw)
-        self.repeat()
+        if 0 < wanted < self.live and (wanted <= self.live // 2 or self.repeat is None):  # a graph has to pay first
+            self.live, self.repeat = wanted, self.engine.repeater()
+        if self.repeat is None:
+            self._draw()
+        else:
+            self.repeat(self._draw)
         self.position += 1
 
     def _draw(self) -> None:

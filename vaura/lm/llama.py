@@ -25,6 +25,10 @@ from vaura.errors import InputError
 from vaura.lm.pattern import delay, delays_of, undelay
 from vaura.protocols import ABSENT, Codebook, Condition
 
+WRITTEN_OUT = 512
+"""Up to so many steps learning on a CPU computes attention in plain products: the fused kernel's backward pass takes thrice as
+long as theirs when a block is compiled. Their memory grows with the square of the steps."""
+
 
 @dataclass
 class KVCache:
@@ -101,10 +105,22 @@ def rotary_table(position: Tensor, head_dim: int, base: float) -> Tensor:
 
 
 def rotate(x: Tensor, table: Tensor) -> Tensor:
-    """Turn the adjacent channel pairs of x (B, H, S, D/H) by `table`."""
-    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    """Turn the adjacent channel pairs of x (..., S, D/H) by `table`: (even cos - odd sin, odd cos + even sin)."""
     cos, sin = table.unbind(-1)
-    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).type_as(x)
+    cos, sin = torch.stack([cos, cos], dim=-1).flatten(-2), torch.stack([-sin, sin], dim=-1).flatten(-2)
+    # a product with a permutation is exact; picking every second channel would keep a compiled block from vector instructions
+    swap = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device).unflatten(1, (-1, 2)).flip(-1).flatten(1)
+    return (x.float() * cos + (x @ swap).float() * sin).type_as(x)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """Attention of q to k and v, all (B, H, S, D/H); without a `mask` to the steps so far."""
+    count = q.shape[2]
+    if mask is None and q.device.type == "cpu" and q.requires_grad and count <= WRITTEN_OUT:
+        future = q.new_full((count, count), float("-inf")).triu(1)
+        scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2) + future
+        return scores.float().softmax(-1).type_as(v) @ v
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and count > 1)
 
 
 class Attention(nn.Module):
@@ -115,12 +131,11 @@ class Attention(nn.Module):
         self.out = nn.Linear(dim, dim, bias=False)
 
     def forward(self, x: Tensor, table: Tensor, mask: Tensor | None, cache: KVCache | None, layer: int, slot: Tensor) -> Tensor:
-        q, k, v = rearrange(self.qkv(x), "b s (n h d) -> n b h s d", n=3, h=self.num_heads)
-        q, k = rotate(q, table), rotate(k, table)
+        qkv = rearrange(self.qkv(x), "b s (n h d) -> n b h s d", n=3, h=self.num_heads)
+        (q, k), v = rotate(qkv[:2], table), qkv[2]
         if cache is not None:
             k, v = cache.update(layer, slot, k, v)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and x.shape[1] > 1)
-        return self.out(rearrange(y, "b h s d -> b s (h d)"))
+        return self.out(rearrange(attend(q, k, v, mask), "b h s d -> b s (h d)"))
 
 
 class SwiGLU(nn.Module):
@@ -250,12 +265,12 @@ class TokenLM(nn.Module):
             embedding.bias.copy_(codebook.bias)
 
     def compile_blocks(self) -> None:
-        """Compile where training spends its time: a block, once for all of them, and the loss of a codebook.
+        """Compile where training spends its time: a block, once for all of them, the last norm, and the loss of a codebook.
 
         Names and values of the parameters stay. What does not learn runs uncompiled: lengths vary there.
         """
-        for block in self.blocks:
-            block.compile(dynamic=False)
+        for part in (*self.blocks, self.norm):
+            part.compile(dynamic=False)
         self._cross_entropy = torch.compile(cross_entropy, dynamic=False)
 
     def training_flops(self, frames: int) -> int:
@@ -293,11 +308,9 @@ class TokenLM(nn.Module):
         steps = self._read(codes if given is None else given)
         x = self.embed(steps, self.channel_at(condition, 0, steps.shape[2]))
         x = self._blocks(x, torch.arange(steps.shape[2], device=x.device))
-        frames = codes.shape[2]
-        losses = [  # one codebook after the other, where its codes stand: the logits of all need never be there at once
-            self._cross_entropy(head, x[:, begin : begin + frames], codes[:, k])
-            for k, (head, begin) in enumerate(zip(self.heads, self.delays, strict=True))
-        ]
+        sought = delay(codes, self.delays, ABSENT)
+        # one codebook after the other: the logits of all need never be there at once
+        losses = [self._cross_entropy(head, x, sought[:, k]) for k, head in enumerate(self.heads)]
         return torch.stack(losses) / (codes != ABSENT).sum((0, 2)).clamp(min=1)
 
     def _read(self, codes: Tensor) -> Tensor:
@@ -343,7 +356,7 @@ class TokenLM(nn.Module):
                 x = checkpoint(run, x, table, mask, cache, layer, slot, use_reentrant=False)
             else:
                 x = run(x, table, mask, cache, layer, slot)
-        return self.norm(x)
+        return self.norm(x) if learning else self.norm.forward(x)
 
     def embed(self, steps: Tensor, channel: Tensor | None) -> Tensor:
         """Steps (B, K, S) beside their channel condition (B, S, C) -> (B, S, D)."""

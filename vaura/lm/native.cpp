@@ -408,7 +408,7 @@ void product(const Matrix& m, const Input& x, int64_t rows, const Thread& me, Do
     };
 #if defined(__AMX_BF16__) && defined(__AMX_INT8__) && defined(__AVX512BF16__) && defined(__AVX512VNNI__)
     if constexpr (F != FLOAT32) {
-      if (me.tiles) {
+      if (me.tiles && rows > FEW<F>) {  // tiles read 16 rows whatever is asked for: fewer lie in memory that has no room for these
         constexpr int64_t most = F == INT8 ? 16 : 32;
         for (int64_t first = 0; first < rows; first += most) {
           tiles<F>(stripe, sums, x, first, rows - first > 16, m.inputs, first == 0, y);

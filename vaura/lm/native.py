@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
+import itertools
 import os
 import platform
 import shlex
@@ -21,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vaura.errors import InputError
 from vaura.files import cache_folder, write_aside
 from vaura.lm.llama import TokenLM
 
@@ -114,23 +116,26 @@ def build(compiler: str | None = None, folder: Path | None = None) -> Path:
         compiler: a command; None: $CXX, c++, g++ or clang++, the first there is.
         folder: where it is kept; None: below the cache of the house.
     """
-    command = shlex.split(compiler or os.environ.get("CXX") or "")
-    command = command or [next((name for name in ("c++", "g++", "clang++") if shutil.which(name)), "")]
-    if not command[0] or shutil.which(command[0]) is None:
-        raise NoLibrary(f"there is no C++ compiler{' ' + command[0] if command[0] else ''} (install g++, or set CXX)")
-    command = [command[0], *FLAGS, *command[1:]]  # what the user says comes last and wins
+    asked = compiler or os.environ.get("CXX") or next((name for name in ("c++", "g++", "clang++") if shutil.which(name)), "")
     try:
-        version = subprocess.run([command[0], "--version"], capture_output=True, timeout=BUILT_IN, check=True).stdout
+        words = shlex.split(asked)
+    except ValueError as error:
+        raise NoLibrary(f"the compiler {asked} is no command ({error})") from error
+    if not words or shutil.which(words[0]) is None:
+        raise NoLibrary(f"there is no C++ compiler{' ' + words[0] if words else ''} (install g++, or set CXX)")
+    named = list(itertools.takewhile(lambda word: not word.startswith("-"), words))  # as "ccache g++"
+    command = [*named, *FLAGS, *words[len(named) :]]  # the options that a person sets come last and win
+    try:
+        version = subprocess.run([*named, "--version"], capture_output=True, timeout=BUILT_IN, check=True).stdout
         key = hashlib.sha256(b"\0".join([SOURCE.read_bytes(), version, " ".join(command).encode(), _processor()]))
         path = (folder or cache_folder("native")) / f"{key.hexdigest()[:16]}.so"
         if not path.is_file():
-            path.parent.mkdir(parents=True, exist_ok=True)
             with write_aside(path) as aside:
                 subprocess.run([*command, str(SOURCE), "-o", str(aside)], capture_output=True, timeout=BUILT_IN, check=True)
     except subprocess.CalledProcessError as error:
         said = error.stderr.decode(errors="replace").strip().splitlines()
-        raise NoLibrary(f"{command[0]} cannot compile it ({said[0] if said else error})") from error
-    except (OSError, subprocess.TimeoutExpired) as error:
+        raise NoLibrary(f"{words[0]} cannot compile it ({said[0] if said else error})") from error
+    except (OSError, RuntimeError, InputError, subprocess.TimeoutExpired) as error:  # RuntimeError: nobody's home is known
         raise NoLibrary(f"it cannot be compiled ({error})") from error
     return path
 

@@ -20,6 +20,9 @@ FORMAT = 2
 
 MEGABYTE = 1_000_000
 
+Record = tuple[str, int, int]
+"""A file as it was when its content was read: absolute path, size, and time in nanoseconds."""
+
 
 def content_hash(path: str | Path) -> str:
     """sha256 of a file's content; it is read again when its size or time changed. InputError where there is no file."""
@@ -54,35 +57,38 @@ class Contents:
 
         Reads `workers` files at once, shown as `title` where it has letters. InputError where the folder cannot be written.
         """
-        known, found, new = self._remembered(), {}, {}
+        known = self._remembered()
+        found: dict[Path, str] = {}
+        new: dict[Path, Record] = {}
         for path in dict.fromkeys(paths):
             try:
                 status = path.stat()
             except OSError:  # told by who reads it
                 continue
-            name, stamp = os.path.abspath(path), [status.st_size, status.st_mtime_ns]
-            if known.get(name, [])[:2] == stamp:
-                found[path] = known[name][2]
+            record = os.path.abspath(path), status.st_size, status.st_mtime_ns
+            if record in known:
+                found[path] = known[record]
             else:
-                new[path] = name, stamp
+                new[path] = record
         with ThreadPoolExecutor(max(workers, 1)) as pool:
             read = pool.map(_hash_or_none, new)
             for path, digest in zip(new, track(read, title, len(new)) if title and new else read, strict=True):
                 if digest is not None:
-                    name, stamp = new[path]
-                    known[name], found[path] = [*stamp, digest], digest
+                    known[new[path]] = found[path] = digest
         if new:
+            last = {name: [size, modified, digest] for (name, size, modified), digest in known.items()}
             with write_aside(self.folder / f"{self.name}.json") as aside:
-                aside.write_text(json.dumps(known))
+                aside.write_text(json.dumps(last))
         return found
 
-    def _remembered(self) -> dict[str, list]:
-        """Absolute path -> its size, time in nanoseconds and hash, from all files of the folder."""
-        known: dict[str, list] = {}
+    def _remembered(self) -> dict[Record, str]:
+        """The hashes that all files of the folder know; of one that changed, of each state that one of them saw."""
+        known: dict[Record, str] = {}
         for path in sorted(self.folder.glob("[!.]*.json")):
             try:
-                known |= json.loads(path.read_text())
-            except (OSError, ValueError) as error:
+                told = json.loads(path.read_text())
+                known |= {(name, size, modified): digest for name, (size, modified, digest) in told.items()}
+            except (OSError, ValueError, TypeError, AttributeError) as error:
                 warnings.warn(f"{path} is broken ({error}); the files it knew are read again", stacklevel=3)
         return known
 

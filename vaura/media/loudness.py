@@ -45,13 +45,13 @@ def normalise(wav: Tensor, strategy: str = "limit", sample_rate: int = 44100, he
         raise InputError(
             f"there is no way '{strategy}' to normalise sound; take {', '.join(HEADROOM)}.{nearest(strategy, HEADROOM)}"
         )
-    if not torch.isfinite(wav).all():
-        raise InputError("cannot normalise a sound whose samples are not all finite numbers; check what made it")
     if not wav.numel():
         return wav
     decibels = HEADROOM[strategy] if headroom is None else headroom
     level = 10 ** (-decibels / 20)
     peak = torch.maximum(wav.amax((-2, -1), keepdim=True), -wav.amin((-2, -1), keepdim=True))  # no copy: it may last an hour
+    if not peak.isfinite().all():  # which it is not if one sample is not
+        raise InputError("cannot normalise a sound whose samples are not all finite numbers; check what made it")
     if strategy == "limit":
         return wav / (peak / level).clamp(min=1) if (peak > level).any() else wav
     if strategy == "clip":

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,13 +27,10 @@ def frames_at(path: str | Path, seconds: Sequence[float]) -> tuple[Tensor, float
     Frames (F, 3, H, W) uint8 RGB of the size that is stored; `seconds` ascend. The first and the last frame stand in for those
     before and after. InputError where torchcodec is not usable, or cannot decode them.
     """
-    try:
-        from torchcodec.decoders import VideoDecoder
-    except (ImportError, OSError, RuntimeError) as error:
-        raise InputError(MISSING.format(why=_first_line(error))) from error
+    decoder_of = _decoder()
     try:
         # exact: every stamp is read, so that irregular frames are found; one thread, as clips are read by parallel workers
-        decoder = VideoDecoder(str(path), seek_mode="exact", num_ffmpeg_threads=1)
+        decoder = decoder_of(str(path), seek_mode="exact", num_ffmpeg_threads=1)
         begin, end = decoder.metadata.begin_stream_seconds, decoder.metadata.end_stream_seconds
         if begin is None or end is None or not len(decoder):
             raise InputError(f"torchcodec finds no picture in {path}; read it with reader=pyav")
@@ -48,6 +46,19 @@ def frames_at(path: str | Path, seconds: Sequence[float]) -> tuple[Tensor, float
             raise InputError(MISSING.format(why=why)) from error
         raise InputError(f"torchcodec cannot decode {path} ({why}); read it with reader=pyav, which tells more") from error
     return torch.cat(pieces) if len(pieces) > 1 else pieces[0], end
+
+
+def check_usable() -> None:
+    """Raise InputError where torchcodec does not load: else every single video would be left out for that."""
+    _decoder()
+
+
+def _decoder() -> Any:
+    try:
+        from torchcodec.decoders import VideoDecoder
+    except (ImportError, OSError, RuntimeError) as error:
+        raise InputError(MISSING.format(why=_first_line(error))) from error
+    return VideoDecoder
 
 
 def _first_line(error: BaseException) -> str:

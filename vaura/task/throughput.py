@@ -10,6 +10,7 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.profilers import PassThroughProfiler
 from torch import Tensor
 
+from vaura.errors import InputError
 from vaura.task.token_prediction import TokenPrediction
 
 
@@ -40,14 +41,18 @@ class Throughput(Callback):
                                    tokenizer count as nothing done, so codes made on the way lower it.
     throughput/waiting             share of the time that the loop waited for a batch; with a profiler of the user's own: none
 
-    Validation, its previews and what comes before the first step are not counted. The device is waited for at these steps only.
+    Validation, the previews of callbacks before this one and what comes before the first step are not counted. The device is
+    waited for at these steps only.
     (Chowdhery et al. 2022, "PaLM", appendix B, for the utilisation.)
 
     Args:
-        peak_flops: of one process's device, in operations a second; None: measured when training starts.
+        peak_flops: of one process's device, in operations a second; None: measured when training starts. Raises InputError
+            where it is none.
     """
 
     def __init__(self, peak_flops: float | None = None, clock: FetchClock | None = None) -> None:
+        if peak_flops is not None and not (isinstance(peak_flops, int | float) and peak_flops > 0):
+            raise InputError(f"logging.peak_flops={peak_flops} is no rate; give operations a second, as 989e12, or null")
         self.peak_flops, self.clock = peak_flops, clock
         self.step = -1
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from operator import attrgetter
@@ -20,6 +19,7 @@ from vaura.lm.engine import Engine
 from vaura.lm.generation import Progress, stream_rolling, stream_windows
 from vaura.lm.llama import TokenLM
 from vaura.lm.sampling import Guidance, Sampler
+from vaura.precision import can_compile
 from vaura.protocols import ABSENT, Condition, Conditioner, Encoder, Tokenizer
 from vaura.task.optimizer import Optimizer
 from vaura.task.sharding import gather, part_again, shard
@@ -32,17 +32,6 @@ FROZEN = ("tokenizer.", "encoder.")
 
 Looked = Tensor | Sequence[Tensor | LazyFeatures]
 """Features (B, M, E) of clips, or of each clip its own, (1, M, E)."""
-
-
-def can_compile(device: torch.device) -> bool:
-    """Whether torch can compile for `device` here; says in one sentence why not."""
-    try:
-        torch.compile(torch.neg)(torch.ones(1, device=device))
-    except Exception as error:  # torch has a different one for each thing that may be missing
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        warnings.warn(f"task.compile=blocks has no effect, since torch cannot compile for {device} here: {first}", stacklevel=2)
-        return False
-    return True
 
 
 class TokenPrediction(LightningModule):
@@ -152,7 +141,7 @@ class TokenPrediction(LightningModule):
             self.strict_loading = False  # Lightning knows nothing of frozen parts; a checkpoint's names are checked before
 
     def on_fit_start(self) -> None:
-        if self.compiled and can_compile(self.device):
+        if self.compiled and can_compile("task.compile is blocks", self.device):
             self.lm.compile_blocks()
             self.compiled = False  # is done
 
