@@ -17,6 +17,7 @@ from importlib import import_module
 from benchmarks.measure import machine, show
 
 from vaura.errors import InputError
+from vaura.generate import pick_device
 
 VERBS = ("decode", "encode", "train", "load")
 
@@ -30,10 +31,11 @@ def main() -> int:
         f"benchmark.py {verb}", description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--json", metavar="FILE", help="also write every time to this file")
-    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, auto")
     module.add_arguments(parser)
     args = parser.parse_args(sys.argv[2:])
     try:
+        args.device = str(pick_device(args.device))
         show(module.run(args), machine(args.device), args.json)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -569,6 +569,20 @@ def test_a_sound_goes_on_from_the_clips_own_beginning(tiny, model, tmp_path):
     assert np.corrcoef(*begun)[0, 1] < 0.5
 
 
+def test_a_clip_shorter_than_the_prompt_does_not_stop_the_others(tiny, tmp_path, capsys):
+    folder = tmp_path / "films"
+    folder.mkdir()
+    film(folder / "short.mp4", 0.6)
+    film(folder / "long.mp4", 1.2)
+    soundfile.write(tmp_path / "prompt.wav", np.full(RATE, 0.1), RATE)
+    assert command(tiny, folder, f"prompt={tmp_path}/prompt.wav", f"out={tmp_path}/out") == 2
+    error = capsys.readouterr().err
+    assert "nothing is left to generate" in error
+    assert "short.mp4" in error
+    assert (tmp_path / "out/long.wav").is_file()
+    assert not (tmp_path / "out/short.wav").exists()
+
+
 def test_a_prompt_that_is_removed_takes_its_picture_along(tiny, tmp_path):
     video, length = tiny.videos[0], 16_000 * 1.92
     own = ["prepend_gt_audio=true", "prompt_duration=0.5"]

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import importlib
 from collections.abc import Callable
 
 import torch
@@ -54,6 +55,8 @@ def run(args: argparse.Namespace) -> list[Table]:
         batches = [int(part) for part in args.batch.split(",")]
     except ValueError as error:
         raise InputError(f"--size={args.size} and --batch={args.batch} are read as 24x1536 and 1,4,16") from error
+    if min(args.rounds, layers, *batches) < 1 or dim < 64:
+        raise InputError("--rounds, --batch and the layers of --size are 1 or more, its width 64 or more")
     lm = random_lm(layers, dim).to(args.device)
     if args.slow:
         return [whole_sounds(lm, precisions)]
@@ -154,6 +157,7 @@ def _reading(count: int, device: torch.device) -> Callable[[], object]:
 
 
 def _musicgen(lm: TokenLM, dtype: torch.dtype, rows: int, notes: list[str]) -> Callable[[], object] | None:
+    importlib.import_module("vaura.media.torchaudio_door")  # transformers imports torchaudio, which may not fit this torch
     try:
         from transformers import MusicgenForCausalLM
         from transformers.models.musicgen.configuration_musicgen import MusicgenDecoderConfig
@@ -239,7 +243,11 @@ def cost(folder: str, precisions: list[str]) -> Table:
         scored += codes.numel()
         clips += len(codes)
     lines = [
-        Line(name, [losses[name] / scored], f"{same[name] / scored:.2%} of the most likely tokens as in float32")
+        Line(
+            name,
+            [losses[name] / scored],
+            f"{(losses[name] - losses['float32']) / scored:+.5f}; {same[name] / scored:.2%} of the likeliest tokens as float32",
+        )
         for name in engines
     ]
     return Table(f"Held-out loss of {folder}", lines, per="nats", notes=[f"{clips} clips, {scored} codes."])

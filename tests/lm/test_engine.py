@@ -1,6 +1,8 @@
 """Engines against the model itself, in float32 to rounding, in the other formats to what these can hold."""
 
 import shutil
+import subprocess
+import sys
 import warnings
 
 import pytest
@@ -192,6 +194,46 @@ def test_threads_change_nothing(kernel):
     assert torch.equal(read[0], read[2])
 
 
+GUARDED = """
+import ctypes, itertools, mmap
+import torch
+from vaura.lm.engine import NativeEngine
+from vaura.lm.llama import TokenLM
+
+protect = ctypes.CDLL(None).mprotect
+protect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+
+class Room:
+    def __init__(self, size):
+        pages = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
+        self.memory = torch.frombuffer(mmap.mmap(-1, pages + 2**18), dtype=torch.uint8)
+        assert protect(self.memory.data_ptr() + pages, 2**18, 0) == 0
+        self.begin = self.memory.data_ptr() + pages - size
+    def numel(self):
+        return 2**60
+    def data_ptr(self):
+        return self.begin
+
+for precision in ("float32", "bfloat16", "int8"):
+    lm = TokenLM(3, 13, num_layers=2, dim=24, num_heads=2, channels=8, ffn_multiple=8)
+    engine = NativeEngine(lm, precision)
+    for rows, count, threads in itertools.product((1, 2, 5, 9, 20), (1, 2, 9, 40), (1, 2, 5)):
+        torch.set_num_threads(threads)
+        stream = engine.open(rows, count)
+        stream.cache.room = Room(engine.packed.library.vaura_room(engine.packed.model, rows * count, count, threads))
+        stream.read(torch.randint(-1, 13, (rows, 3, count)), torch.randn(rows, count, 8))
+print("within")
+"""
+
+
+@needs_kernel
+@pytest.mark.skipif(sys.platform != "linux", reason="protects pages as Linux does")
+def test_a_step_stays_within_its_memory():
+    """Behind it lies a page that nobody may read: whoever does is stopped."""
+    done = subprocess.run([sys.executable, "-c", GUARDED], capture_output=True, text=True)
+    assert done.stdout == "within\n", f"exit status {done.returncode}: {done.stderr[-500:]}"
+
+
 # --- which engine ---
 
 
@@ -224,6 +266,39 @@ def test_a_compiler_that_fails_is_told(tmp_path):
         load(broken)
 
 
+def a_script(path, text):
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+    return path
+
+
+@needs_kernel
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
+def test_a_compiler_may_stand_behind_another_command(tmp_path):
+    wrapper = a_script(tmp_path / "wrapper", '[ "${1#-}" = "$1" ] && exec "$@"')
+    load(build(f"{wrapper} g++ -O1", tmp_path / "kernel"))
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a shell")
+def test_a_kernel_that_cannot_be_kept_is_told(tmp_path, monkeypatch):
+    compiler = str(a_script(tmp_path / "compiler", "exit 0"))
+    with pytest.raises(NoLibrary, match=r"cannot be compiled .*cannot write"):  # it wrote nothing, as where the disk is full
+        build(compiler, tmp_path / "kernel")
+    (tmp_path / "file").touch()
+    with pytest.raises(NoLibrary, match=r"cannot be compiled .*folder"):
+        build(compiler, tmp_path / "file")
+    with pytest.raises(NoLibrary, match="No closing quotation"):
+        build("g++ 'here")
+
+    def nobody(path):
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("VAURA_CACHE", raising=False)
+    monkeypatch.setattr("pathlib.Path.expanduser", nobody)
+    with pytest.raises(NoLibrary, match="home"):
+        build(compiler)
+
+
 @needs_kernel
 def test_it_is_compiled_once(tmp_path):
     first = build(folder=tmp_path)
@@ -247,7 +322,7 @@ def test_what_does_not_exist_is_refused():
     lm = make(SHAPES[0])
     with pytest.raises(InputError, match=r"precision=bfloat is none of .*bfloat16"):
         engine_for(lm, "bfloat")
-    with pytest.raises(InputError, match=r"engine=nativ is none of .*Did you mean|engine=nativ is none of"):
+    with pytest.raises(InputError, match=r"engine=nativ is none of .*Did you mean 'native'"):
         engine_for(lm, "float32", "nativ")
 
 
@@ -265,6 +340,33 @@ def test_wide_heads_are_left_to_pytorch():
     if not REASON:
         with pytest.raises(NoLibrary, match="channels wide"):
             NativeEngine(lm)
+
+
+def test_without_a_compiler_nothing_is_compiled_and_that_is_said(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    lm = make(SHAPES[0])
+    with pytest.warns(UserWarning, match="compile is true, but there is no C\\+\\+ compiler"):
+        engine = engine_for(lm, "float32", "torch", compiled=True)
+    assert generate(engine, Condition(torch.randn(1, 5, lm.channels)), 5, seeds=[0], sampler=Sampler()).shape == (1, 3, 5)
+
+
+def test_clips_of_many_lengths_share_one_compiled_step(monkeypatch):
+    lm, compiled = make(SHAPES[0]), []
+
+    def count(graph, _):
+        compiled.append(graph)
+        return graph.forward
+
+    compiler = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, **_: compiler(function, backend=count, dynamic=False))
+    torch._dynamo.reset()
+    engine = TorchEngine(lm, "float32", compiled=True)
+    for frames in range(4, 14):
+        condition = Condition(torch.randn(1, frames, lm.channels))
+        how = {"seeds": [1], "sampler": Sampler(1.0)}
+        assert torch.equal(generate(engine, condition, frames, **how), generate_slow(lm, condition, frames, **how))
+    assert len(compiled) == 1
 
 
 @pytest.mark.slow

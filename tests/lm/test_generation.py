@@ -1,7 +1,11 @@
+import gc
+import weakref
+
 import pytest
 import torch
 from torch import Tensor
 
+from vaura.lm import generation
 from vaura.lm.engine import NativeEngine, TorchEngine
 from vaura.lm.generation import (
     generate,
@@ -205,6 +209,27 @@ def test_progress_ends_with_all_steps():
     assert {total for _, total in calls} == {20 + K - 1}
     assert calls[-1] == (20 + K - 1, 20 + K - 1)
     assert max(done for done, _ in calls) == 20 + K - 1
+
+
+@ENGINES
+def test_what_was_drawn_with_is_forgotten_at_once(engine, monkeypatch):
+    """Keys and values of a batch take hundreds of megabytes; they must not wait for the collector of cycles."""
+    lm, held = make(), []
+
+    class Watched(generation.Run):
+        def __init__(self, *args) -> None:
+            super().__init__(*args)
+            held.append(weakref.ref(self.stream))
+
+    monkeypatch.setattr(generation, "Run", Watched)
+    used = engine(lm)
+    gc.disable()
+    try:
+        generate_long(used, condition_of(1, 20), 20, window=8, stride=4, seeds=[0], sampler=GREEDY)
+        generate_rolling(used, lambda _: condition_of(1), [Window(0, T, 0)], seeds=[0], sampler=GREEDY)
+        assert [stream() for stream in held] == [None, None]
+    finally:
+        gc.enable()
 
 
 def test_a_prompt_longer_than_the_clip_is_refused():

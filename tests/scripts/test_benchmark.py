@@ -92,3 +92,19 @@ def test_what_number_formats_cost_is_told_beside_the_loss_that_training_saw(meas
     agreed = [float(line.note.partition("%")[0]) for line in table.lines]
     assert agreed[0] == 100.0
     assert 70 < min(agreed[1:]) <= 100
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--rounds", "0"], "--rounds"),
+        (["--batch", "0"], "--batch"),
+        (["--size", "1x32"], "--size"),
+        (["--device", "nonsense"], "device=nonsense is no device"),
+    ],
+)
+def test_decode_refuses_what_says_nothing(words, told):
+    done = run("decode", "--no-peer", *words)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    assert told in done.stderr
