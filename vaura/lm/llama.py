@@ -108,9 +108,13 @@ def rotate(x: Tensor, table: Tensor) -> Tensor:
     """Turn the adjacent channel pairs of x (..., S, D/H) by `table`: (even cos - odd sin, odd cos + even sin)."""
     cos, sin = table.unbind(-1)
     cos, sin = torch.stack([cos, cos], dim=-1).flatten(-2), torch.stack([-sin, sin], dim=-1).flatten(-2)
-    # a product with a permutation is exact; picking every second channel would keep a compiled block from vector instructions
-    swap = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device).unflatten(1, (-1, 2)).flip(-1).flatten(1)
-    return (x.float() * cos + (x @ swap).float() * sin).type_as(x)
+    if x.requires_grad and x.device.type == "cpu":
+        # a product with a permutation: picking every second channel would keep a compiled block from vector instructions
+        swap = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device).unflatten(1, (-1, 2)).flip(-1).flatten(1)
+        swapped = x @ swap
+    else:
+        swapped = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+    return (x.float() * cos + swapped.float() * sin).type_as(x)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
