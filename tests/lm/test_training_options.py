@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vaura.lm import llama
 from vaura.lm.llama import TokenLM
 from vaura.protocols import ABSENT, Condition
 
@@ -52,6 +53,12 @@ def test_checkpointed_activations_change_nothing(every):
     plain, spared = make(dropout=0.3), make(dropout=0.3)
     spared.checkpoint_every = every
     torch.testing.assert_close(learnt(spared), learnt(plain), rtol=0, atol=0)
+
+
+def test_attention_written_out_learns_what_the_fused_one_does(monkeypatch):
+    written = learnt(make())
+    monkeypatch.setattr(llama, "WRITTEN_OUT", 0)
+    torch.testing.assert_close(written, learnt(make()), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.slow
