@@ -371,12 +371,15 @@ def test_clips_of_many_lengths_share_one_compiled_step(monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["float32", "int8"])
-def test_a_compiled_step_gives_the_same_tokens(precision):
+@torch.no_grad()
+def test_a_compiled_step_is_the_step(precision):
+    """To the last digits in float32; in int8 to those of bfloat16, which the compiler keeps in more digits between products."""
     lm = make(SHAPES[2])
-    how = {"seeds": [1], "sampler": Sampler(0.0), "guidance": 2.0}
-    condition = Condition(torch.randn(2, 12, lm.channels))
-    compiled, plain = (generate(TorchEngine(lm, precision, compiled), condition, 12, **how) for compiled in (True, False))
-    assert (compiled == plain).float().mean() > (0.99 if precision == "float32" else 0.9)
+    tokens, channel = something(lm, 2, 6)
+    compiled, plain = (
+        read_all(TorchEngine(lm, precision, compiled), lm, tokens, channel, [1] * 6) for compiled in (True, False)
+    )
+    assert distance(compiled, plain) < (1e-5 if precision == "float32" else 2e-2)
 
 
 # --- CUDA ---

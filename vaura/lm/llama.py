@@ -26,8 +26,8 @@ from vaura.lm.pattern import delay, delays_of, undelay
 from vaura.protocols import ABSENT, Codebook, Condition
 
 WRITTEN_OUT = 512
-"""Up to so many steps learning on a CPU computes attention in plain products: both passes of the fused kernel take about
-twice as long as theirs when a block is compiled. Their memory grows with the square of the steps."""
+"""Up to so many steps learning on a CPU computes attention in plain products: the fused kernel's two passes
+together take about twice as long as theirs, compiled. Their memory grows with the square of the steps."""
 
 
 @dataclass
