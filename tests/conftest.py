@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import multiprocessing
+import os
 import signal
 import sys
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,6 +39,37 @@ def ctrl_c() -> None:
     """A shell's background job ignores Ctrl-C, and so would all that the tests start."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture
+def alone(monkeypatch):
+    """Training in this process: one thread, no arguments of pytest's, and its signal handlers back afterwards."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    monkeypatch.setattr(sys, "argv", ["main.py"])
+    yield
+    torch.set_num_threads(threads)
+    for number, handler in zip((signal.SIGINT, signal.SIGTERM), handlers, strict=True):
+        signal.signal(number, handler)
+
+
+@pytest.fixture
+def forked() -> Callable[..., list[int | None]]:
+    """forked(work, [arguments, ...]): one child each, all at once; their exit statuses."""
+    if not hasattr(os, "fork"):
+        pytest.skip("processes are forked")
+
+    def run_all(work: Callable[..., object], calls: Sequence[tuple]) -> list[int | None]:
+        fork = multiprocessing.get_context("fork")
+        children = [fork.Process(target=work, args=arguments) for arguments in calls]
+        for child in children:
+            child.start()
+        for child in children:
+            child.join(60)
+        return [child.exitcode for child in children]
+
+    return run_all
 
 
 class Tiny(NamedTuple):

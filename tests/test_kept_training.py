@@ -1,7 +1,6 @@
 """Training from kept codes and features, tiny: the same run as from the files, resumed and shared like any other."""
 
 import re
-import signal
 import subprocess
 import sys
 import time
@@ -27,17 +26,7 @@ SETTINGS = (
 )
 ONE, TWO = "trainer.devices=1", "trainer.devices=2"
 
-
-@pytest.fixture(autouse=True)
-def _alone(monkeypatch):
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-    monkeypatch.setattr(sys, "argv", ["main.py"])
-    yield
-    torch.set_num_threads(threads)
-    for number, handler in zip((signal.SIGINT, signal.SIGTERM), handlers, strict=True):
-        signal.signal(number, handler)
+pytestmark = pytest.mark.usefixtures("alone")
 
 
 @pytest.fixture

@@ -35,6 +35,8 @@ TINY = (
 ONE, TWO = "trainer.devices=1", "trainer.devices=2"
 STILL = ["lm.dropout=0", "task.drop_condition=0", "task.hide_history=0"]  # nothing random but the data
 
+pytestmark = pytest.mark.usefixtures("alone")
+
 
 def clip(path: Path, seed: int, duration: float = 0.8, sound: bool = True) -> None:
     draw = torch.Generator().manual_seed(seed)
@@ -85,18 +87,6 @@ def fixed(clips, experiment) -> list[str]:
     """A run whose tokenizer and encoder are there already, on one process unless said otherwise."""
     weights = [f"{part}.weights={experiment / part}.safetensors" for part in ("tokenizer", "encoder")]
     return [TRAIN, f"data.data_dir={clips}", *TINY.split(), ONE, *weights]
-
-
-@pytest.fixture(autouse=True)
-def _alone(monkeypatch):
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-    monkeypatch.setattr(sys, "argv", ["main.py"])
-    yield
-    torch.set_num_threads(threads)
-    for number, handler in zip((signal.SIGINT, signal.SIGTERM), handlers, strict=True):
-        signal.signal(number, handler)
 
 
 @pytest.fixture

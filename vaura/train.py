@@ -42,6 +42,7 @@ from vaura.task.callbacks import (
     StepBar,
     StepSeeds,
 )
+from vaura.task.memory import keep_freed_memory
 from vaura.task.throughput import FetchClock, Throughput
 from vaura.task.token_prediction import TokenPrediction
 from vaura.timing import count
@@ -300,6 +301,8 @@ def fit(
         logger=TensorBoardLogger(folder, name="tensorboard", version=""),
         callbacks=[StepSeeds(seed), StepBar(title), GradientNorm(), FiniteLoss(), *(watchers or []), *theirs, last],
     )
+    if engine.strategy.root_device.type == "cpu":
+        keep_freed_memory()
     start = Path(resume) if resume else last.path if last.path.is_file() else None
     if start is not None:
         experiment.check_resumable(start, module)

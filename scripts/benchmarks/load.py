@@ -1,4 +1,5 @@
-"""Reading of clips: 64 frames from a random place of a file, beside other readers; clips a second of the data module.
+"""Reading of clips: 64 frames from a random place of a file, beside other readers; clips a second of the data module; training
+from the cache, beside the same from memory.
 
 Every reader is used as it would naturally be for frames 1/25 s apart, opens the file anew for every clip, and decodes with one
 thread; `vaura`, also with `reader=torchcodec`, keeps to the one time line of picture and sound. Which frames they give is
@@ -21,6 +22,7 @@ import av
 import numpy as np
 import torch
 
+from benchmarks.kept import kept_training
 from benchmarks.measure import Line, Table, interleaved
 from vaura.data.clips import ClipDataset, ClipLoader, EpochOrder
 from vaura.data.manifest import Clip
@@ -50,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> list[Table]:
-    """The two tables. InputError where the video is too short or cannot be read."""
+    """The three tables. InputError where the video is too short or cannot be read."""
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         path = args.video or str(make_video(Path(folder) / "made.mp4"))
@@ -58,7 +60,11 @@ def run(args: argparse.Namespace) -> list[Table]:
         if known.duration < SPAN + 0.1:
             raise InputError(f"{path} lasts {known.duration:.2f} s; this takes a video of more than {SPAN} s")
         what = f"{known.width} x {known.height}, {known.fps:.4g} frames a second, {known.duration:.1f} s"
-        return [_reading(path, known.duration, what, args.rounds), _loading(path, known.audio_duration, what, args.clips)]
+        return [
+            _reading(path, known.duration, what, args.rounds),
+            _loading(path, known.audio_duration, what, args.clips),
+            kept_training(args.device, rounds=args.rounds),
+        ]
 
 
 def make_video(path: Path, seconds: float = 10.0) -> Path:

@@ -18,6 +18,7 @@ from benchmarks.measure import Table, interleaved
 from vaura.errors import InputError
 from vaura.lm.llama import TokenLM
 from vaura.protocols import Condition
+from vaura.task.memory import keep_freed_memory
 
 Step = Callable[[], object]
 CODES = 1024  # of a codebook, DAC's
@@ -44,6 +45,8 @@ def run(args: argparse.Namespace) -> list[Table]:
     except ValueError as error:
         raise InputError(f"--batch {args.batch} is no list of numbers like 2,12") from error
     device = torch.device(args.device)
+    if device.type == "cpu":
+        keep_freed_memory()  # as training does, and the peer has it too
     dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
     return [table(args, batch, device, dtype) for batch in batches]
 
@@ -78,6 +81,11 @@ def table(args: argparse.Namespace, batch: int, device: torch.device, dtype: tor
     else:
         notes.append(f"{count(lm) / 1e6:.1f} M parameters, {PEER} {count(peer) / 1e6:.1f} M.")
         runs[PEER] = learning(peer, lambda: their_loss(peer, codes), device, dtype)
+        if args.compile:
+            compiled = musicgen(args, device)
+            for layer in compiled.model.decoder.layers:
+                layer.compile(dynamic=False)
+            runs[f"{PEER}, compiled layers"] = learning(compiled, lambda: their_loss(compiled, codes), device, dtype)
     side = SIDES[-1] if device.type == "cuda" else SIDES[0]
     squares = {n: [torch.randn(n, n, device=device, dtype=dtype) for _ in range(2)] for n in SIDES if n <= max(side, 4096)}
     for n, (a, b) in squares.items():

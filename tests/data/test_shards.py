@@ -243,30 +243,23 @@ def _work(manifest: Path, cache: Path, barrier, told, rank: int) -> None:
     assert all(not tokens.lost() for tokens in made.tokens.values())
 
 
-def work(manifest: Path, caches: list[Path]) -> list[int | None]:
+def work(forked, manifest: Path, caches: list[Path]) -> list[int | None]:
     """Exit status of three processes that share the work."""
     fork = multiprocessing.get_context("fork")
     barrier, told = fork.Barrier(3), fork.Array("q", 3)
-    children = [fork.Process(target=_work, args=(manifest, caches[rank], barrier, told, rank)) for rank in range(3)]
-    for child in children:
-        child.start()
-    for child in children:
-        child.join(60)
-    return [child.exitcode for child in children]
+    return forked(_work, [(manifest, cache, barrier, told, rank) for rank, cache in enumerate(caches)])
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked")
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-def test_processes_share_the_work_at_once(manifest, tmp_path):
-    assert work(manifest, [tmp_path] * 3) == [0, 0, 0]
+def test_processes_share_the_work_at_once(forked, manifest, tmp_path):
+    assert work(forked, manifest, [tmp_path] * 3) == [0, 0, 0]
     kept(manifest, tmp_path, pytest.fail, takes=8, **MOVING)
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked")
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-def test_processes_that_share_no_folder_are_refused(manifest, tmp_path, monkeypatch, capfd):
+def test_processes_that_share_no_folder_are_refused(forked, manifest, tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(module, "PATIENCE", 2)
-    assert work(manifest, [tmp_path / "a", tmp_path / "a", tmp_path / "b"]) == [1, 1, 1]
+    assert work(forked, manifest, [tmp_path / "a", tmp_path / "a", tmp_path / "b"]) == [1, 1, 1]
     assert "is not the same to all processes; name a folder that they share" in capfd.readouterr().err
 
 

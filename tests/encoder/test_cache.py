@@ -246,21 +246,9 @@ def _used_by_many(cache: FeatureCache, clip: Clip, begin) -> None:
             assert torch.equal(cache.features(encoder(), span, lambda n=number: FEATURES + n), FEATURES + number)
 
 
-def run(processes: int, work, *arguments) -> list[int | None]:
-    """Exit status of `processes` children that do `work`."""
-    fork = multiprocessing.get_context("fork")
-    children = [fork.Process(target=work, args=arguments) for _ in range(processes)]
-    for child in children:
-        child.start()
-    for child in children:
-        child.join(60)
-    return [child.exitcode for child in children]
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked")
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-def test_nothing_half_written_is_found_after_a_kill(cache, clip):
-    assert run(1, _killed_while_writing, cache, clip) == [-signal.SIGKILL]
+def test_nothing_half_written_is_found_after_a_kill(cache, clip, forked):
+    assert forked(_killed_while_writing, [(cache, clip)]) == [-signal.SIGKILL]
     assert not cache.path(encoder(), clip).exists()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -268,9 +256,8 @@ def test_nothing_half_written_is_found_after_a_kill(cache, clip):
     assert not computed(cache, encoder(), clip)
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked")
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-def test_processes_share_a_folder(cache, clip):
+def test_processes_share_a_folder(cache, clip, forked):
     begin = multiprocessing.get_context("fork").Barrier(4)
-    assert run(4, _used_by_many, cache, clip, begin) == [0] * 4
+    assert forked(_used_by_many, [(cache, clip, begin)] * 4) == [0] * 4
     assert len(list(cache.folder.rglob("*.safetensors"))) == 25

@@ -3,6 +3,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from vaura.errors import InputError
 from vaura.media.video import probe
@@ -25,7 +26,7 @@ def load(monkeypatch):
 def arguments(load, *words):
     parser = argparse.ArgumentParser()
     load.add_arguments(parser)
-    return parser.parse_args([str(word) for word in words])
+    return parser.parse_args([str(word) for word in words], argparse.Namespace(device="cpu"))
 
 
 def test_tables_of_a_made_video_with_a_peer_missing(load, tmp_path, monkeypatch):
@@ -36,7 +37,7 @@ def test_tables_of_a_made_video_with_a_peer_missing(load, tmp_path, monkeypatch)
         raise ImportError("No module named 'decord'")
 
     monkeypatch.setattr(load, "READERS", {"vaura": load._vaura, "PyAV, plain": load._pyav, "decord": absent})
-    reading, loading = load.run(arguments(load, "--video", path, "--rounds", 2, "--clips", 4))
+    reading, loading, kept = load.run(arguments(load, "--video", path, "--rounds", 2, "--clips", 4))
     assert [line.name for line in reading.lines] == ["vaura", "PyAV, plain"]
     assert all(len(line.seconds) == 2 for line in reading.lines)
     assert "decord is left out: No module named 'decord'" in reading.notes
@@ -44,6 +45,19 @@ def test_tables_of_a_made_video_with_a_peer_missing(load, tmp_path, monkeypatch)
     assert [line.name for line in loading.lines] == ["0 workers", "1 worker"]
     assert all("clips a second" in line.note for line in loading.lines)
     assert "| vaura |" in reading.markdown()
+    assert [line.name for line in kept.lines] == ["tensors in memory", "cache", "cache, only read"]
+    assert "% of the speed from memory" in kept.lines[1].note
+
+
+def test_the_cache_and_the_memory_give_the_same(load, tmp_path):
+    import benchmarks.kept as kept
+
+    codes, features = torch.randint(128, (5, 4, 10)), torch.randn(5, 10, 6)
+    dataset, memory = kept.kept(tmp_path, codes, features), kept.InMemory(codes, features)
+    for index in range(5):
+        found, given = dataset[0, index], memory[0, index]
+        assert found["id"] == given["id"]
+        assert torch.equal(found["codes"], given["codes"]) and torch.equal(found["features"], given["features"])
 
 
 def test_a_reader_that_is_a_frame_late_is_told(load, tmp_path):

@@ -393,6 +393,8 @@ template <Format F> constexpr int FEW = F == INT8 ? 4 : 8;  // rows whose sums f
 template <Format F> constexpr int FEW = 4;
 #endif
 
+constexpr int TILED = 4;  // rows above which tiles are quicker, where there are any
+
 template <Format F, class Done>
 void product(const Matrix& m, const Input& x, int64_t rows, const Thread& me, Done done) {
   const int64_t stripes = m.outputs / 32, bytes = 32 * m.inputs * Of<F>::weight;
@@ -408,7 +410,7 @@ void product(const Matrix& m, const Input& x, int64_t rows, const Thread& me, Do
     };
 #if defined(__AMX_BF16__) && defined(__AMX_INT8__) && defined(__AVX512BF16__) && defined(__AVX512VNNI__)
     if constexpr (F != FLOAT32) {
-      if (me.tiles && rows > FEW<F>) {  // tiles read 16 rows whatever is asked for: fewer lie in memory that has no room for these
+      if (me.tiles && rows > TILED) {  // tiles read 16 rows whatever is asked for: fewer lie in memory that has no room for these
         constexpr int64_t most = F == INT8 ? 16 : 32;
         for (int64_t first = 0; first < rows; first += most) {
           tiles<F>(stripe, sums, x, first, rows - first > 16, m.inputs, first == 0, y);
@@ -523,7 +525,7 @@ void step(const Model& m, const Cache& cache, const Rows& rows, float* logits, u
   float *stream = (float*)(memory + room.stream), *mixed = (float*)(memory + room.mixed), *hidden = (float*)(memory + room.hidden);
   float* qkv = (float*)(memory + room.qkv);
   const int64_t wide = round_up(head_dim, 16), per_sequence = m.heads * cache.slots * wide, per_layer = cache.sequences * per_sequence;
-  const bool may_tile = TILES && F != FLOAT32 && n > FEW<F> && may_use_tiles();
+  const bool may_tile = TILES && F != FLOAT32 && n > TILED && may_use_tiles();
   std::memset(stream, 0, n * inner * 4);
   std::memset(mixed, 0, n * inner * 4);
   std::memset(hidden, 0, n * ffn * 4);

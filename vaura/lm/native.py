@@ -128,7 +128,11 @@ def build(compiler: str | None = None, folder: Path | None = None) -> Path:
     try:
         version = subprocess.run([*named, "--version"], capture_output=True, timeout=BUILT_IN, check=True).stdout
         key = hashlib.sha256(b"\0".join([SOURCE.read_bytes(), version, " ".join(command).encode(), _processor()]))
-        path = (folder or cache_folder("native")) / f"{key.hexdigest()[:16]}.so"
+        me = os.getuid() if hasattr(os, "getuid") else 0
+        # users may share the folder, but nobody runs what another has put there
+        path = (folder or cache_folder("native")) / f"{key.hexdigest()[:16]}-{me}.so"
+        if path.is_file() and hasattr(os, "getuid") and path.stat().st_uid != me:
+            raise NoLibrary(f"{path} was put there by another user; delete it, or set VAURA_CACHE to a folder of your own")
         if not path.is_file():
             with write_aside(path) as aside:
                 subprocess.run([*command, str(SOURCE), "-o", str(aside)], capture_output=True, timeout=BUILT_IN, check=True)
@@ -159,20 +163,17 @@ class Packed:
     """
 
     def __init__(self, lm: TokenLM, precision: str, kernel: ctypes.CDLL | None = None) -> None:
+        if lm.style != "llama" or lm.shared_codebook:
+            raise NoLibrary("it runs LLaMA's blocks over codebooks of their own, and this model has others")
         head_dim = lm.dim // lm.num_heads
         if head_dim > WIDEST:
             raise NoLibrary(f"heads are {head_dim} channels wide, more than {WIDEST}")
         self.library, self.precision, self.dtype = kernel or library(), precision, DTYPES[precision]
-        self.num_codebooks, self.codebook_size, self.dim, self.num_heads = (
-            lm.num_codebooks,
-            lm.codebook_size,
-            lm.dim,
-            lm.num_heads,
-        )
-        self.num_layers, self.head_dim, self.rope_base = len(lm.blocks), head_dim, lm.rope_base
-        self.hidden = max(
-            (_up(block.ffn.down.in_features, STRIPE) for block in lm.blocks), default=0
-        )  # a stripe of both is 16 of each
+        self.num_codebooks, self.codebook_size = lm.num_codebooks, lm.codebook_size
+        self.num_layers, self.dim, self.num_heads, self.head_dim = len(lm.blocks), lm.dim, lm.num_heads, head_dim
+        self.rope_base = lm.rope_base
+        # a stripe of gate and up is 16 outputs of each
+        self.hidden = max((_up(block.ffn.down.in_features, STRIPE) for block in lm.blocks), default=0)
         self._kept: list[Tensor] = []
         with torch.no_grad():
             self._pack(lm)
