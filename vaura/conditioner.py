@@ -1,6 +1,8 @@
-"""How features reach the token LM. One way so far: channel concatenation at the token rate."""
+"""How features reach the token LM: beside its tokens, as channels at the token rate, or before them, as a prefix."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -8,12 +10,18 @@ from torch import Tensor, nn
 
 from vaura.errors import InputError, nearest
 from vaura.protocols import Condition
-from vaura.timing import align, align_repeated, cover
+from vaura.timing import align, align_repeated, count, cover, exact, spread
 
 HOLD = 0.1
 """Seconds that the last feature may stand in for: video and token frames end at different instants."""
 
 ALIGNMENTS = ("time", "repeat")
+
+EMBEDS: dict[str, Callable[[int, int], nn.Module]] = {
+    "linear": nn.Linear,
+    "gru": lambda dim, width: nn.GRU(dim, width, batch_first=True),
+    "lstm": lambda dim, width: nn.LSTM(dim, width, batch_first=True),
+}
 
 
 class ChannelConditioner(nn.Module):
@@ -84,3 +92,87 @@ class ChannelConditioner(nn.Module):
         projected = self.fc2(F.gelu(self.fc1(shown), approximate="tanh"))
         place = (index - first).clamp(max=shown.shape[1] - 1).to(features.device)
         return Condition(projected[:, place], start)
+
+
+class PrefixConditioner(nn.Module):
+    """Projects features, and the embedding of a class where there are classes, to vectors that the LM reads first.
+
+    A window sees `features` of those on show during it, spread evenly; features that are so many already stand as they are. A
+    dropped row sees the null in every place.
+
+    Args:
+        dim: feature width E.
+        width: D, the LM's.
+        feature_rate, frame_rate: features and token frames a second.
+        features: F; 0: none, but a class.
+        classes: of the label that stands last; 0: none.
+        embed: "linear", or "gru" or "lstm", which read the features one after the other.
+        learn_null: whether the null is learnt; else it is zero, as for models that know of none.
+
+    (Iashin and Rahtu 2021, section 3.2.)
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        width: int,
+        feature_rate: float,
+        frame_rate: float,
+        features: int = 212,
+        classes: int = 0,
+        embed: str = "linear",
+        learn_null: bool = True,
+    ) -> None:
+        super().__init__()
+        if features < 0 or classes < 0 or features + classes == 0:
+            raise InputError(f"conditioner.features={features} and conditioner.classes={classes} leave nothing to look at")
+        if embed not in EMBEDS:
+            raise InputError(f"conditioner.embed={embed} is none of {', '.join(EMBEDS)}.{nearest(embed, EMBEDS)}")
+        self.feature_rate, self.frame_rate, self.features, self.classes = feature_rate, frame_rate, features, classes
+        self.embed = EMBEDS[embed](dim, width) if features else None
+        self.class_embed = nn.Embedding(classes, width) if classes else None
+        null = torch.zeros(width)
+        self.null: Tensor
+        if learn_null:
+            self.null = nn.Parameter(nn.init.normal_(null, std=0.02))
+        else:
+            self.register_buffer("null", null, persistent=False)
+
+    @property
+    def length(self) -> int:
+        """P."""
+        return self.features + bool(self.classes)
+
+    def forward(
+        self, features: Tensor, frames: int, drop: Tensor | None = None, start: int = 0, label: Tensor | None = None
+    ) -> Condition:
+        """features (B, M, E), label (B,) int64, drop (B,) bool -> prefix (B, P, D) for token frames [start, start + frames)."""
+        parts = []
+        if self.embed is not None:
+            vectors = self.embed(self._shown(features, frames, start))
+            parts.append(vectors[0] if isinstance(vectors, tuple) else vectors)
+        if self.class_embed is not None:
+            if label is None:
+                raise InputError(f"this model wants to be told one of its {self.classes} classes: give label=NUMBER")
+            if int(label.max()) >= self.classes or int(label.min()) < 0:
+                raise InputError(f"label={int(label.max())} is no class; the model knows 0 to {self.classes - 1}")
+            parts.append(self.class_embed(label).unsqueeze(1))
+        prefix = torch.cat(parts, dim=1)
+        if drop is not None:
+            prefix = torch.where(drop.view(-1, 1, 1), self.null.to(prefix.dtype), prefix)
+        return Condition(start=start, prefix=prefix)
+
+    def _shown(self, features: Tensor, frames: int, start: int) -> Tensor:
+        """The F features of a window, (B, F, E)."""
+        if features.shape[1] == self.features:
+            return features[:, 0 : self.features]
+        ratio = exact(self.feature_rate) / exact(self.frame_rate)
+        first, length = count(start, ratio), count(frames, ratio)
+        missing = first + length - features.shape[1]
+        if missing > HOLD * self.feature_rate + 1 or length < self.features:
+            raise InputError(
+                f"token frames {start} to {start + frames} are {length} features at {self.feature_rate:g} Hz, of which "
+                f"{self.features} are to be shown; there are {features.shape[1]} of the clip"
+            )
+        index = (first + spread(self.features, length)).clamp(max=features.shape[1] - 1)
+        return features[:, int(index[0]) : int(index[-1]) + 1][:, index - index[0]]

@@ -98,12 +98,13 @@ class Condition:
     """What the LM may look at besides its own tokens.
 
     `channel` (B, T, C) holds one vector a token frame, the first of them for token frame `start`. Where clips of a batch end
-    earlier, `ends` (B,) says how many of the vectors are each clip's own.
+    earlier, `ends` (B,) says how many of the vectors are each clip's own. `prefix` (B, P, D) is read before the first step.
     """
 
     channel: Tensor | None = None
     start: int = 0
     ends: Tensor | None = None
+    prefix: Tensor | None = None
 
 
 class Conditioner(Protocol):

@@ -81,6 +81,17 @@ def align_repeated(frames: int, frame_rate: Hertz, feature_rate: Hertz, start: i
     return first + torch.arange(features * repeat, dtype=torch.int64).div(repeat, rounding_mode="floor")
 
 
+def spread(some: int, length: int) -> Tensor:
+    """Which `some` of `length` stand for all, as SpecVQGAN picks them: (some,) int64.
+
+    >>> spread(5, 212).tolist()
+    [35, 77, 119, 162, 204]
+    """
+    if not 0 < some <= length:
+        raise ValueError(f"{some} of {length} cannot be picked")
+    return torch.arange(some) * length // some + length // (some + 1)
+
+
 @dataclass(frozen=True)
 class Window:
     """Token frames [start, stop) of a long generation, of which the first `prompt` are known already."""

@@ -1,5 +1,6 @@
 """Engines against the model itself, in float32 to rounding, in the other formats to what these can hold."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -264,6 +265,25 @@ def test_a_compiler_that_fails_is_told(tmp_path):
     broken.write_text("no library")
     with pytest.raises(NoLibrary, match="does not load"):
         load(broken)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None or not hasattr(os, "getuid"), reason="no g++, or no users")
+def test_a_program_of_another_user_is_not_run(tmp_path, monkeypatch):
+    path = build("g++", tmp_path)
+    monkeypatch.setattr(os, "getuid", lambda: 12345)
+    other = path.with_name(path.name.replace(path.stem.rpartition("-")[2], "12345"))
+    other.write_bytes(path.read_bytes())
+    with pytest.raises(NoLibrary, match="was put there by another user; delete it"):
+        build("g++", tmp_path)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_told(value):
+    lm = make(SHAPES[0])
+    with torch.no_grad():
+        lm.blocks[0].ffn.down.weight[1, 2] = value
+    with pytest.raises(InputError, match=r"lm\.blocks\.0\.ffn\.down\.weight are not all finite.*take an earlier checkpoint"):
+        engine_for(lm)
 
 
 def a_script(path, text):

@@ -217,8 +217,8 @@ def test_what_was_drawn_with_is_forgotten_at_once(engine, monkeypatch):
     lm, held = make(), []
 
     class Watched(generation.Run):
-        def __init__(self, *args) -> None:
-            super().__init__(*args)
+        def __init__(self, *args, **options) -> None:
+            super().__init__(*args, **options)
             held.append(weakref.ref(self.stream))
 
     monkeypatch.setattr(generation, "Run", Watched)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vaura.lm import llama
+from vaura.lm import attention
 from vaura.lm.llama import TokenLM
 from vaura.protocols import ABSENT, Condition
 
@@ -57,7 +57,7 @@ def test_checkpointed_activations_change_nothing(every):
 
 def test_attention_written_out_learns_what_the_fused_one_does(monkeypatch):
     written = learnt(make())
-    monkeypatch.setattr(llama, "WRITTEN_OUT", 0)
+    monkeypatch.setattr(attention, "WRITTEN_OUT", 0)
     torch.testing.assert_close(written, learnt(make()), rtol=1e-5, atol=1e-6)
 
 

@@ -27,7 +27,8 @@ from vaura.components import instantiate
 from vaura.conditioner import ChannelConditioner
 from vaura.encoder.avclip import AVCLIP, Sizes, Tower, centred
 from vaura.lm.generation import generate, generate_slow
-from vaura.lm.llama import TokenLM, rotary_table
+from vaura.lm.attention import rotary_table
+from vaura.lm.llama import TokenLM
 from vaura.lm.pattern import delay, delays_of, undelay
 from vaura.lm.sampling import Guidance, Sampler
 from vaura.media.loudness import normalise

@@ -21,9 +21,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vaura.errors import InputError, nearest
-from vaura.lm.llama import FactorisedEmbedding, KVCache, TokenLM, rotary_table
+from vaura.lm.attention import KVCache, rotary_table
+from vaura.lm.llama import FactorisedEmbedding, TokenLM
 from vaura.lm.native import DTYPES, NativeCache, NoLibrary, Packed, quantise
-from vaura.precision import has_compiler, multiplies_bfloat16
+from vaura.precision import can_compile, multiplies_bfloat16
 from vaura.protocols import ABSENT
 
 PRECISIONS = ("auto", *DTYPES)
@@ -36,7 +37,6 @@ AT_ONCE = 512
 
 TABLE = 1024
 """Positions whose rotations are made beforehand."""
-
 
 SLOTS = 256
 """Steps whose multiples a compiled step's cache is rounded up to: clips shorter than a window would each be compiled anew."""
@@ -60,8 +60,8 @@ class Stream(Protocol):
         """
         ...
 
-    def restart(self) -> None:
-        """Go back to position 0; what was read is forgotten."""
+    def restart(self, prefix: Tensor | None = None) -> None:
+        """Go back to position 0, behind a prefix (R, P, D) where there is one; what was read is forgotten."""
         ...
 
 
@@ -77,7 +77,10 @@ class Engine(Protocol):
     device: torch.device
 
     def open(self, rows: int, max_steps: int, reach: int | None = None) -> Stream:
-        """A stream of `rows` rows and at most `max_steps` positions; with a `reach` it forgets and goes on for ever."""
+        """A stream of `rows` rows and at most `max_steps` positions, those of a prefix included.
+
+        With a `reach` it forgets and goes on for ever, without a prefix.
+        """
         ...
 
     def repeater(self) -> Repeater | None:
@@ -93,11 +96,12 @@ def engine_for(lm: TokenLM, precision: str = "auto", engine: str = "auto", compi
         engine: native (CPU, needs a C++ compiler once), torch, or auto: native where it can be.
         compiled: let torch.compile fuse each step; takes a minute once, and pays on CUDA.
 
-    Raises InputError for what does not exist, and for engine=native where it cannot be.
+    Raises InputError for what does not exist, for engine=native where it cannot be, and for weights that are not finite.
     """
     for key, value, known in (("precision", precision, PRECISIONS), ("engine", engine, ENGINES)):
         if value not in known:
             raise InputError(f"{key}={value} is none of {', '.join(known)}.{nearest(value, known)}")
+    check_finite(lm)
     device = lm.norm.weight.device
     if precision == "auto":
         precision = "bfloat16" if multiplies_bfloat16(device) else "float32"
@@ -110,10 +114,16 @@ def engine_for(lm: TokenLM, precision: str = "auto", engine: str = "auto", compi
             if engine == "native":
                 raise InputError(f"engine=native cannot run here: {reason}; set engine=torch") from reason
             warnings.warn(f"the CPU kernel is left aside, generation is slower without: {reason}", stacklevel=2)
-    if compiled and not has_compiler():
-        warnings.warn("compile is true, but there is no C++ compiler here (g++ or clang++): running uncompiled", stacklevel=2)
-        compiled = False
-    return TorchEngine(lm, precision, compiled)
+    return TorchEngine(lm, precision, compiled and can_compile("compile is true"))
+
+
+def check_finite(lm: TokenLM) -> None:
+    """Raise InputError where a weight is NaN or infinite: every code would be drawn as 0, and nothing else would tell."""
+    names, weights = zip(*lm.named_parameters(), strict=True)
+    finite = torch.stack([weight.detach().sum(dtype=torch.float64) for weight in weights]).isfinite()
+    if not finite.all():
+        name = names[int(finite.long().argmin())]
+        raise InputError(f"the weights of lm.{name} are not all finite: the training diverged; take an earlier checkpoint")
 
 
 # --- PyTorch ---
@@ -136,6 +146,8 @@ class TorchEngine:
             self.predict = torch.compile(predict, mode="max-autotune-no-cudagraphs", dynamic=False)
 
     def open(self, rows: int, max_steps: int, reach: int | None = None) -> TorchStream:
+        if reach is None:
+            self.lm.check_positions(max_steps)
         if self.compiled and reach is None:
             max_steps = -(-max_steps // SLOTS) * SLOTS
         return TorchStream(self, rows, max_steps, reach)
@@ -153,19 +165,27 @@ class TorchStream:
     def __init__(self, engine: TorchEngine, rows: int, max_steps: int, reach: int | None) -> None:
         self.engine, self.cache = engine, engine.lm.new_cache(rows, max_steps, reach)
         self.rows, self.at = rows, torch.zeros(1, dtype=torch.int64, device=engine.device)
+        self.before = 0  # vectors of the prefix
 
-    def restart(self) -> None:
+    @torch.no_grad()
+    def restart(self, prefix: Tensor | None = None) -> None:
         self.at.zero_()
+        self.before = 0 if prefix is None else prefix.shape[1]
+        if prefix is not None:
+            self.cache.check_room(0, self.before)
+            cache = self.cache if len(prefix) == self.rows else self.cache.first(len(prefix))
+            lm = self.engine.lm
+            lm.predict(prefix.to(lm.norm.weight), torch.arange(self.before, device=self.at.device), cache)
 
     @torch.no_grad()
     def read(self, tokens: Tensor, channel: Tensor | None, every: bool = False) -> Tensor:
         rows, _, count = tokens.shape
         cache = self.cache if rows == self.rows else self.cache.first(rows)
         if count == 1:
-            logits = self.engine.predict(self.engine.lm, tokens, channel, self.at, cache)
+            logits = self.engine.predict(self.engine.lm, tokens, channel, self.at + self.before, cache)
             self.at += 1
             return logits.transpose(1, 2) if every else logits[:, :, -1]
-        start = int(self.at)
+        start = int(self.at) + self.before
         if cache.keys:
             cache.check_room(start, count)
         position = torch.arange(start, start + count, device=self.at.device)
@@ -265,9 +285,13 @@ class NativeStream:
         self.at, self.one = torch.zeros(1, dtype=torch.int64), torch.arange(rows, dtype=torch.int32)
         self.restart()
 
-    def restart(self) -> None:
-        self.at.zero_()
+    @torch.no_grad()
+    def restart(self, prefix: Tensor | None = None) -> None:
         self.position, self.table_start = 0, -TABLE
+        if prefix is not None:
+            for piece in prefix.float().split(max(AT_ONCE // len(prefix), 1), dim=1):
+                self._step(piece.contiguous(), every=False)
+        self.at.zero_()
 
     @torch.no_grad()
     def read(self, tokens: Tensor, channel: Tensor | None, every: bool = False) -> Tensor:

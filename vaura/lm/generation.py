@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vaura.errors import InputError
 from vaura.lm.engine import Engine, TorchEngine
 from vaura.lm.llama import TokenLM
 from vaura.lm.pattern import delay, undelay
@@ -44,14 +45,22 @@ class Run:
         clips, max_steps: B, and S that fit into the cache.
         guided: whether each clip has a second row that sees the null. Rows lie clip by clip: given, null, given, null.
         reach: None, or how many steps back a step looks; then there may be any number of steps.
+        before: vectors that are read before the first step.
     """
 
     def __init__(
-        self, engine: Engine, clips: int, max_steps: int, sampler: Sampler, guided: bool, reach: int | None = None
+        self,
+        engine: Engine,
+        clips: int,
+        max_steps: int,
+        sampler: Sampler,
+        guided: bool,
+        reach: int | None = None,
+        before: int = 0,
     ) -> None:
         self.engine, self.lm, self.sampler, self.each = engine, engine.lm, sampler, 2 if guided else 1
-        self.clips, self.max_steps, self.reach = clips, max_steps, reach
-        self.stream = engine.open(clips * self.each, max_steps, reach)
+        self.clips, self.max_steps, self.reach, self.before = clips, max_steps, reach, before
+        self.stream = engine.open(clips * self.each, before + max_steps, reach)
         self.steps = torch.empty(0)
 
     def begin(self, steps: Tensor, writable: Tensor, draws: Tensor, scale: Tensor) -> None:
@@ -81,14 +90,18 @@ class Run:
             self.repeat = self.engine.repeater()
 
     def look(self, condition: Condition, start: int) -> None:
-        """From here on see the condition (clips, then nulls) of the positions from `start` on."""
+        """From here on see the condition (clips, then nulls) of the positions from `start` on.
+
+        A prefix is read now: what was read before is forgotten, so `start` is 0 then.
+        """
+        if (prefix := self.lm.prefix_of(condition)) is not None:
+            self.stream.restart(self._clip_by_clip(prefix))
         count = self.max_steps if self.reach is None else min(self.max_steps, self.steps.shape[2] - 1 - start)
         channel = self.lm.channel_at(condition, start, count)
         self.first = start
         if channel is None:
             return
-        channel = channel.unflatten(0, (self.each, -1)).transpose(0, 1).flatten(0, 1)  # clip by clip
-        channel = channel.to(self.engine.device)
+        channel = self._clip_by_clip(channel)
         if self.channel is not None and self.channel.shape == channel.shape:
             self.channel.copy_(channel)
             self.begins.fill_(start)
@@ -96,6 +109,10 @@ class Run:
         self.channel = channel.contiguous()
         self.begins = torch.full((1,), start, device=channel.device)
         self.repeat = self.engine.repeater()
+
+    def _clip_by_clip(self, rows: Tensor) -> Tensor:
+        """Clips and then their nulls -> each clip and its null."""
+        return rows.unflatten(0, (self.each, -1)).transpose(0, 1).flatten(0, 1).to(self.engine.device)
 
     def read(self, stop: int) -> None:
         """Read what is known before position `stop`, without drawing."""
@@ -139,7 +156,7 @@ class Run:
 
     def codes(self) -> Tensor:
         """Codes (B, K, T) drawn and given so far, ABSENT elsewhere."""
-        return undelay(self.steps[:, :, 1:], self.lm.delays)
+        return undelay(self.steps[:, :, 1:], self.lm.delays, self.lm.stride)
 
 
 @torch.no_grad()
@@ -171,20 +188,22 @@ def generate(
     codes, prompted = _open_codes(longest, batch, lm.num_codebooks, prompt, engine.device)
     if prompted > min(lengths):
         raise ValueError(f"a prompt of {prompted} frames does not fit into {min(lengths)} frames")
-    if all(prompted == length for length in lengths):
-        return codes
     total = lm.num_steps(longest)
     draws = draw_uniform(seeds, total, lm.num_codebooks) if draws is None else draws
     order = sorted(range(batch), key=lambda b: -lengths[b])
     inside = torch.arange(longest) < torch.tensor(lengths).unsqueeze(1)
-    writable = delay((inside.to(codes.device).unsqueeze(1) & (codes == ABSENT)).long(), lm.delays, 0).bool()
+    writable = _delayed(lm, (inside.to(codes.device).unsqueeze(1) & (codes == ABSENT)).long(), 0).bool()
+    if not writable.any():
+        return codes
+    known = int(writable.any(1).any(0).long().argmax())  # steps before the first that has something to draw
+    before = 0 if (prefix := lm.prefix_of(condition)) is None else prefix.shape[1]
     scale = torch.tensor([[guidance.at(min(s / max(lm.num_steps(n) - 1, 1), 1.0)) for s in range(total)] for n in lengths])
-    if run is None or run.max_steps < total:
-        run = Run(engine, batch, total, sampler, guidance.on)
-    run.begin(delay(codes, lm.delays, ABSENT)[order], writable[order], draws[order], scale[order])
+    if run is None or run.max_steps < total or run.before < before:
+        run = Run(engine, batch, total, sampler, guidance.on, before=before)
+    run.begin(_delayed(lm, codes)[order], writable[order], draws[order], scale[order])
     run.look(_part(condition, order, batch), 0)
-    run.read(prompted)
-    for s in range(prompted, total):
+    run.read(known)
+    for s in range(known, total):
         run.draw()
         if progress:
             progress(s + 1, total)
@@ -206,17 +225,16 @@ def generate_slow(
     """The same as `generate`, one full pass over all steps so far for every step: the truth that the fast loop equals."""
     guidance = Guidance.of(guidance)
     codes, prompted = _open_codes(frames, len(seeds), lm.num_codebooks, prompt, lm.norm.weight.device)
-    steps = delay(codes, lm.delays, ABSENT)
+    steps, done = _delayed(lm, codes), prompted * lm.stride
+    writable = _delayed(lm, (codes == ABSENT).long(), 0).bool()
     draws = (draw_uniform(seeds, steps.shape[2], lm.num_codebooks) if draws is None else draws).to(codes.device)
     rows, last = (2 if guidance.on else 1), steps.shape[2] - 1
-    for s in range(prompted, steps.shape[2]):
+    for s in range(done, steps.shape[2]):
         so_far = F.pad(steps[:, :, :s], (1, 0), value=ABSENT)
         logits = guidance(lm.step(torch.cat([so_far] * rows), condition)[:, :, -1], s / max(last, 1))
         tokens = sampler(logits, draws[:, s])
-        for k, late in enumerate(lm.delays):
-            if late <= s < late + frames:  # inside the clip, and not the prompt's
-                steps[:, k, s] = torch.where(steps[:, k, s] == ABSENT, tokens[:, k], steps[:, k, s])
-    return undelay(steps, lm.delays)
+        steps[:, :, s] = torch.where(writable[:, :, s], tokens, steps[:, :, s])
+    return undelay(steps, lm.delays, lm.stride)
 
 
 def generate_windows(lm: TokenLM | Engine, condition: ConditionOf, spans: Sequence[Window], **how) -> Tensor:
@@ -257,19 +275,21 @@ def stream_windows(
         known = max(span.prompt, min(given, span.stop) - span.start)
         here = [b for b in range(batch) if lengths[b] - span.start > known]
         if here:
+            seen = _part(condition(span), here, batch)
             if run is None or run.clips != len(here):
                 steps = lm.num_steps(max(one.stop - one.start for one in spans))
-                run = Run(engine, len(here), steps, sampler, guidance.on)
+                before = 0 if (prefix := lm.prefix_of(seen)) is None else prefix.shape[1]
+                run = Run(engine, len(here), steps, sampler, guidance.on, before=before)
             codes[here, :, span.start : span.stop] = generate(
                 engine,
-                _part(condition(span), here, batch),
+                seen,
                 [min(lengths[b], span.stop) - span.start for b in here],
                 seeds=[seeds[b] for b in here],
                 sampler=sampler,
                 guidance=guidance,
                 prompt=codes[here, :, span.start : span.start + known] if known else None,
-                draws=draws[here, span.start : lm.num_steps(span.stop)],
-                progress=(lambda step, _, start=span.start: progress(start + step, total)) if progress else None,
+                draws=draws[here, span.start * lm.stride : lm.num_steps(span.stop)],
+                progress=(lambda step, _, start=span.start: progress(start * lm.stride + step, total)) if progress else None,
                 run=run,
             )
         yield codes[:, :, done : span.stop]
@@ -302,33 +322,33 @@ def stream_rolling(
     codes, given = _open_codes(frames, batch, lm.num_codebooks, prompt, engine.device)
     order = sorted(range(batch), key=lambda b: -lengths[b])
     back = sorted(range(batch), key=order.__getitem__)
-    steps = delay(codes, lm.delays, ABSENT)
+    steps = _delayed(lm, codes)
     total = steps.shape[2]
     inside = torch.arange(frames) < torch.tensor(lengths).unsqueeze(1)
-    writable = delay((inside.to(codes.device).unsqueeze(1) & (codes == ABSENT)).long(), lm.delays, 0).bool()
+    writable = _delayed(lm, (inside.to(codes.device).unsqueeze(1) & (codes == ABSENT)).long(), 0).bool()
     draws = draw_uniform(seeds, total, lm.num_codebooks)
     reach = lm.num_steps(spans[0].stop)
     run = Run(engine, batch, min(total, 1 + reach), sampler, guidance.on, reach)
     run.begin(steps[order], writable[order], draws[order], torch.full((batch, total), guidance.at(0.0)))
-    waiting, done, late = list(spans), 0, max(lm.delays)
+    waiting, done, stride, late = list(spans), 0, lm.stride, lm.late
 
     def certain(stop: int) -> Tensor:
-        columns = run.steps[:, :, 1 + done : 1 + stop + late]
-        return undelay(columns, lm.delays)[back]
+        columns = run.steps[:, :, 1 + done * stride : 1 + stop * stride + late]
+        return undelay(columns, lm.delays, stride)[back]
 
     while run.position < total:
-        if waiting and run.position >= waiting[0].start:
+        if waiting and run.position >= waiting[0].start * stride:
             span = waiting.pop(0)
-            run.look(_part(condition(span), order, batch), span.start)
-        begins = waiting[0].start if waiting else total
-        if run.position < given:  # many steps of the prompt at once, while they all have room
-            room = max(min(given, begins, 1 + reach) - run.position, 1)
+            run.look(_part(_without_prefix(condition(span)), order, batch), span.start * stride)
+        begins = waiting[0].start * stride if waiting else total
+        if run.position < given * stride:  # many steps of the prompt at once, while they all have room
+            room = max(min(given * stride, begins, 1 + reach) - run.position, 1)
             run.read(run.position + room)
         else:
             run.draw()
         if progress:
             progress(run.position, total)
-        if (ready := min(run.position - late, frames)) - done >= GIVE or (run.position == total and ready > done):
+        if (ready := min((run.position - late) // stride, frames)) - done >= GIVE or (run.position == total and ready > done):
             yield certain(ready)
             done = ready
 
@@ -337,12 +357,26 @@ def _engine(lm: TokenLM | Engine) -> Engine:
     return TorchEngine(lm) if isinstance(lm, TokenLM) else lm
 
 
+def _delayed(lm: TokenLM, codes: Tensor, fill: int = ABSENT) -> Tensor:
+    return delay(codes, lm.delays, fill, lm.stride)
+
+
+def _without_prefix(condition: Condition) -> Condition:
+    if condition.prefix is not None:
+        raise InputError("loop=rolling forgets what was read first, and this model reads its condition there; set loop=windows")
+    return condition
+
+
 def _part(condition: Condition, clips: list[int], batch: int) -> Condition:
     """The condition of some of the clips in that order, and of their nulls where there are such."""
-    if condition.channel is None or clips == list(range(batch)):
+    held = [part for part in (condition.channel, condition.prefix, condition.ends) if part is not None]
+    if not held or clips == list(range(batch)):
         return condition
-    rows = [b + first for first in range(0, len(condition.channel), batch) for b in clips]
-    return Condition(condition.channel[rows], condition.start, None if condition.ends is None else condition.ends[rows])
+    rows = [b + first for first in range(0, len(held[0]), batch) for b in clips]
+    channel, prefix, ends = (
+        None if part is None else part[rows] for part in (condition.channel, condition.prefix, condition.ends)
+    )
+    return Condition(channel, condition.start, ends, prefix)
 
 
 def _open_codes(frames: int, batch: int, num_codebooks: int, prompt: Tensor | None, device: torch.device) -> tuple[Tensor, int]:

@@ -1,86 +1,33 @@
 """The token LM in one file: a LLaMA-style decoder over K codebooks.
 
 - One step reads K codes at once: the sum of K embeddings, joined to the channel condition of that step, [condition, tokens].
-- Pre-norm blocks with RMSNorm, rotary positions on adjacent channel pairs, SwiGLU, no biases; K output heads.
+- Pre-norm blocks with RMSNorm, rotary positions on adjacent channel pairs, SwiGLU, no biases; K output heads. With
+  `style="gpt"` they are GPT-2's: LayerNorm, GELU, biases, learnt positions. SpecVQGAN's transformer is one of these.
+- A prefix is read before the first step. GPT's has no step for nothing: there the prefix's last vector stands at step 0.
 - The codebook pattern never leaves this folder: `forward` takes codes and gives logits aligned with them.
 - Attention writes into a cache that the caller holds and passes; without one it is plain causal attention. A cache with a
   `reach` forgets: a step then looks at the last `reach` steps and at step 0, and a sound of any length takes the same memory.
 
 Sources: Touvron et al. 2023 (LLaMA); Su et al. 2021 (rotary positions); Copet et al. 2023 (codebook patterns);
-Viertola et al. 2024, "Temporally Aligned Audio for Video with Autoregression" (V-AURA).
+Viertola et al. 2024, "Temporally Aligned Audio for Video with Autoregression" (V-AURA); Radford et al. 2019 (GPT-2); Iashin and
+Rahtu 2021, "Taming Visually Guided Sound Generation" (SpecVQGAN).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from vaura.errors import InputError
-from vaura.lm.pattern import delay, delays_of, undelay
+from vaura.errors import InputError, nearest
+from vaura.lm.attention import Attention, KVCache, rotary_table, within_reach
+from vaura.lm.pattern import delay, delays_of, stride_of, undelay
 from vaura.protocols import ABSENT, Codebook, Condition
 
-WRITTEN_OUT = 512
-"""Up to so many steps learning on a CPU computes attention in plain products: the fused kernel's two passes
-together take about twice as long as theirs, compiled. Their memory grows with the square of the steps."""
-
-
-@dataclass
-class KVCache:
-    """Keys and values of the steps so far, a pair (B, H, slots, D/H) a layer, of fixed shape: nothing grows with the sound.
-
-    Without a `reach` every step has its slot. With one, step 0 (which reads nothing, and on which attention leans) has the
-    first slot, and the last `reach` steps go round in the others.
-    """
-
-    keys: list[Tensor]
-    values: list[Tensor]
-    reach: int | None = None
-
-    @property
-    def slots(self) -> int:
-        return self.keys[0].shape[2]
-
-    def first(self, rows: int) -> KVCache:
-        """A view of the first rows."""
-        return KVCache([held[:rows] for held in self.keys], [held[:rows] for held in self.values], self.reach)
-
-    def slot_of(self, position: Tensor) -> Tensor:
-        """Where the steps at `position` (S,) are kept."""
-        if self.reach is None:
-            return position
-        return torch.where(position < self.slots, position, 1 + (position - 1) % max(self.slots - 1, 1))
-
-    def seen_from(self, position: Tensor) -> Tensor:
-        """Which slots the steps at `position` (S,) look at: (S, slots).
-
-        A step that goes round looks at all. Several steps at once must therefore fit into the slots, see `check_room`.
-        """
-        return torch.arange(self.slots, device=position.device) <= position.unsqueeze(1)
-
-    def check_room(self, start: int, count: int) -> None:
-        """Raise ValueError where steps [start, start + count) cannot be read at once."""
-        if start + count > self.slots and (self.reach is None or count > 1):
-            raise ValueError(f"steps {start} to {start + count} do not fit into a cache of {self.slots} slots at once")
-
-    def update(self, layer: int, slot: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Write k, v (B, H, S, D/H) into slots (S,); return all keys and values."""
-        self.keys[layer].index_copy_(2, slot, k)
-        self.values[layer].index_copy_(2, slot, v)
-        return self.keys[layer], self.values[layer]
-
-
-def within_reach(count: int, reach: int, device: torch.device) -> Tensor:
-    """Which of `count` steps from the first each of them looks at: (S, S)."""
-    step = torch.arange(count, device=device)
-    seen = (step <= step.unsqueeze(1)) & (step > step.unsqueeze(1) - reach)
-    seen[:, 0] = True
-    return seen
+STYLES = ("llama", "gpt")
 
 
 class RMSNorm(nn.Module):
@@ -96,52 +43,6 @@ class RMSNorm(nn.Module):
         return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).type_as(x) * self.weight
 
 
-def rotary_table(position: Tensor, head_dim: int, base: float) -> Tensor:
-    """Rotations at `position` (S,): (S, D/H/2, 2) cosines and sines."""
-    frequency = base ** (-torch.arange(0, head_dim, 2, device=position.device, dtype=torch.float32) / head_dim)
-    # in double precision: after an hour a float32 angle is off by more than the turn of a slow pair from one step to the next
-    angle = torch.outer(position.double(), frequency.double())
-    return torch.stack([angle.cos(), angle.sin()], dim=-1).float()
-
-
-def rotate(x: Tensor, table: Tensor) -> Tensor:
-    """Turn the adjacent channel pairs of x (..., S, D/H) by `table`: (even cos - odd sin, odd cos + even sin)."""
-    cos, sin = table.unbind(-1)
-    cos, sin = torch.stack([cos, cos], dim=-1).flatten(-2), torch.stack([-sin, sin], dim=-1).flatten(-2)
-    if x.requires_grad and x.device.type == "cpu":
-        # a product with a permutation: picking every second channel would keep a compiled block from vector instructions
-        swap = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device).unflatten(1, (-1, 2)).flip(-1).flatten(1)
-        swapped = x @ swap
-    else:
-        swapped = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
-    return (x.float() * cos + swapped.float() * sin).type_as(x)
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """Attention of q to k and v, all (B, H, S, D/H); without a `mask` to the steps so far."""
-    count = q.shape[2]
-    if mask is None and q.device.type == "cpu" and q.requires_grad and count <= WRITTEN_OUT:
-        future = q.new_full((count, count), float("-inf")).triu(1)
-        scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2) + future
-        return scores.float().softmax(-1).type_as(v) @ v
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and count > 1)
-
-
-class Attention(nn.Module):
-    def __init__(self, dim: int, num_heads: int) -> None:
-        super().__init__()
-        self.num_heads = num_heads
-        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
-        self.out = nn.Linear(dim, dim, bias=False)
-
-    def forward(self, x: Tensor, table: Tensor, mask: Tensor | None, cache: KVCache | None, layer: int, slot: Tensor) -> Tensor:
-        qkv = rearrange(self.qkv(x), "b s (n h d) -> n b h s d", n=3, h=self.num_heads)
-        (q, k), v = rotate(qkv[:2], table), qkv[2]
-        if cache is not None:
-            k, v = cache.update(layer, slot, k, v)
-        return self.out(rearrange(attend(q, k, v, mask), "b h s d -> b s (h d)"))
-
-
 class SwiGLU(nn.Module):
     def __init__(self, dim: int, multiple: int) -> None:
         super().__init__()
@@ -154,16 +55,32 @@ class SwiGLU(nn.Module):
         return self.down(F.silu(self.gate(x)) * self.up(x))
 
 
-class Block(nn.Module):
-    def __init__(self, dim: int, num_heads: int, ffn_multiple: int, norm_eps: float, dropout: float) -> None:
+class GELUPair(nn.Module):
+    """GPT's feed-forward part, four times as wide inside."""
+
+    def __init__(self, dim: int) -> None:
         super().__init__()
-        self.attention_norm = RMSNorm(dim, norm_eps)
-        self.attention = Attention(dim, num_heads)
-        self.ffn_norm = RMSNorm(dim, norm_eps)
-        self.ffn = SwiGLU(dim, ffn_multiple)
+        self.up = nn.Linear(dim, 4 * dim)
+        self.down = nn.Linear(4 * dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.gelu(self.up(x)))
+
+
+class Block(nn.Module):
+    def __init__(self, style: str, dim: int, num_heads: int, ffn_multiple: int, norm_eps: float, dropout: float) -> None:
+        super().__init__()
+        gpt = style == "gpt"
+        norm = nn.LayerNorm if gpt else RMSNorm
+        self.attention_norm = norm(dim, norm_eps)
+        self.attention = Attention(dim, num_heads, bias=gpt)
+        self.ffn_norm = norm(dim, norm_eps)
+        self.ffn = GELUPair(dim) if gpt else SwiGLU(dim, ffn_multiple)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, table: Tensor, mask: Tensor | None, cache: KVCache | None, layer: int, slot: Tensor) -> Tensor:
+    def forward(
+        self, x: Tensor, table: Tensor | None, mask: Tensor | None, cache: KVCache | None, layer: int, slot: Tensor
+    ) -> Tensor:
         x = x + self.dropout(self.attention(self.attention_norm(x), table, mask, cache, layer, slot))
         return x + self.dropout(self.ffn(self.ffn_norm(x)))
 
@@ -199,10 +116,13 @@ class TokenLM(nn.Module):
         num_layers, dim, num_heads: depth, width D, attention heads.
         channels: width C of the channel condition; the token embedding takes the other D - C. 0: none.
         code_dim: width of a code's own vector before it is projected to D - C; None: it has D - C at once.
-        pattern: "delay" or "parallel", see `pattern.py`.
+        pattern: "delay", "parallel" or "flatten", see `pattern.py`.
         dropout: on the input and on what each block adds.
         ffn_multiple: the SwiGLU width is 8 D / 3 rounded up to a multiple of this.
         rope_base, norm_eps: base of the rotary frequencies, epsilon of the norms.
+        style: "llama" or "gpt", see above.
+        max_positions: of "gpt": positions that it learns, those of the prefix included.
+        shared_codebook: whether all K read and predict the codes of one codebook, as the rows of a spectrogram do.
     """
 
     def __init__(
@@ -219,23 +139,34 @@ class TokenLM(nn.Module):
         ffn_multiple: int = 256,
         rope_base: float = 10_000.0,
         norm_eps: float = 1e-5,
+        style: str = "llama",
+        max_positions: int | None = None,
+        shared_codebook: bool = False,
     ) -> None:
         super().__init__()
+        if style not in STYLES:
+            raise InputError(f"lm.style={style} is none of {', '.join(STYLES)}.{nearest(style, STYLES)}")
+        if (style == "gpt") != (max_positions is not None):
+            raise InputError("lm.style=gpt learns its positions, and needs lm.max_positions; no other style has such")
         if dim % num_heads or (dim // num_heads) % 2:
             raise InputError(f"lm.dim={dim} must split into lm.num_heads={num_heads} heads of an even width")
         if not 0 <= channels < dim:
             raise InputError(f"lm.channels={channels} must leave room for the tokens in lm.dim={dim}")
         self.num_codebooks, self.codebook_size, self.special = num_codebooks, codebook_size, codebook_size
-        self.delays = delays_of(pattern, num_codebooks)
+        self.delays, self.stride = delays_of(pattern, num_codebooks), stride_of(pattern, num_codebooks)
+        self.late = max(self.delays) - self.stride + 1  # steps beyond those in which frames begin
+        self.style, self.shared_codebook, tables = style, shared_codebook, 1 if shared_codebook else num_codebooks
         self.dim, self.num_heads, self.channels, self.rope_base = dim, num_heads, channels, rope_base
         embed = nn.Embedding if code_dim is None else lambda codes, dim: FactorisedEmbedding(codes, code_dim, dim)
-        self.embeddings = nn.ModuleList(embed(codebook_size + 1, dim - channels) for _ in range(num_codebooks))
+        # GPT reads nothing where there is no code, the others a vector of its own
+        self.embeddings = nn.ModuleList(embed(codebook_size + (style != "gpt"), dim - channels) for _ in range(tables))
+        self.positions = None if max_positions is None else nn.Parameter(torch.zeros(max_positions, dim))
         # the channel condition of steps past the last frame, which only a delay brings
-        self.after_end = nn.Parameter(torch.empty(1, 1, channels)) if channels and max(self.delays) else None
+        self.after_end = nn.Parameter(torch.empty(1, 1, channels)) if channels and self.late else None
         self.dropout = nn.Dropout(dropout)
-        self.blocks = nn.ModuleList(Block(dim, num_heads, ffn_multiple, norm_eps, dropout) for _ in range(num_layers))
-        self.norm = RMSNorm(dim, norm_eps)
-        self.heads = nn.ModuleList(nn.Linear(dim, codebook_size, bias=False) for _ in range(num_codebooks))
+        self.blocks = nn.ModuleList(Block(style, dim, num_heads, ffn_multiple, norm_eps, dropout) for _ in range(num_layers))
+        self.norm = RMSNorm(dim, norm_eps) if style == "llama" else nn.LayerNorm(dim, norm_eps)
+        self.heads = nn.ModuleList(nn.Linear(dim, codebook_size, bias=False) for _ in range(tables))
         self.checkpoint_every = 0  # the first of so many blocks is computed again in the backward pass; 0: none
         self._cross_entropy = cross_entropy
         self.apply(self._initialise)
@@ -248,6 +179,8 @@ class TokenLM(nn.Module):
     def _initialise(module: nn.Module) -> None:
         if isinstance(module, nn.Linear | nn.Embedding):
             nn.init.normal_(module.weight, std=0.02)
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)
 
     @torch.no_grad()
     def embed_like(self, codebooks: Sequence[Codebook]) -> None:
@@ -290,7 +223,7 @@ class TokenLM(nn.Module):
 
     def num_steps(self, frames: int) -> int:
         """Steps that predict `frames` token frames."""
-        return frames + max(self.delays)
+        return frames * self.stride + self.late
 
     def new_cache(self, batch_size: int, max_steps: int, reach: int | None = None) -> KVCache:
         """An empty cache on the model's device, in its number format; with `reach` it forgets what lies further back."""
@@ -302,7 +235,7 @@ class TokenLM(nn.Module):
 
     def forward(self, codes: Tensor, condition: Condition) -> Tensor:
         """codes (B, K, T), ABSENT where nothing is known -> logits (B, K, T, V): [..., t, :] predicts codes[..., t]."""
-        return undelay(self.step(self._read(codes), condition), self.delays)
+        return undelay(self.step(self._read(codes), condition), self.delays, self.stride)
 
     def loss(self, codes: Tensor, condition: Condition, given: Tensor | None = None) -> Tensor:
         """Mean cross-entropy of every codebook (K,), in nats. ABSENT codes are not scored.
@@ -310,16 +243,22 @@ class TokenLM(nn.Module):
         `given` (B, K, T) is what the LM may read in place of `codes`: training hides parts of it.
         """
         steps = self._read(codes if given is None else given)
-        x = self.embed(steps, self.channel_at(condition, 0, steps.shape[2]))
-        x = self._blocks(x, torch.arange(steps.shape[2], device=x.device))
-        sought = delay(codes, self.delays, ABSENT)
+        x, before = self._behind(self.prefix_of(condition), self.embed(steps, self.channel_at(condition, 0, steps.shape[2])))
+        x = self._blocks(x, torch.arange(x.shape[1], device=x.device))[:, before:]
+        if self.stride == 1:
+            pairs = [(x, sought) for sought in delay(codes, self.delays, ABSENT).unbind(1)]
+        else:  # a step predicts a code of one codebook alone
+            pairs = [(x[:, late :: self.stride], codes[:, k]) for k, late in enumerate(self.delays)]
         # one codebook after the other: the logits of all need never be there at once
-        losses = [self._cross_entropy(head, x, sought[:, k]) for k, head in enumerate(self.heads)]
+        losses = [self._cross_entropy(self._head(k), *pair) for k, pair in enumerate(pairs)]
         return torch.stack(losses) / (codes != ABSENT).sum((0, 2)).clamp(min=1)
+
+    def _head(self, k: int) -> nn.Module:
+        return self.heads[0 if self.shared_codebook else k]
 
     def _read(self, codes: Tensor) -> Tensor:
         """What the steps that predict `codes` (B, K, T) read: (B, K, S)."""
-        return F.pad(delay(codes, self.delays, ABSENT), (1, -1), value=ABSENT)
+        return F.pad(delay(codes, self.delays, ABSENT, self.stride), (1, -1), value=ABSENT)
 
     def step(
         self,
@@ -334,49 +273,121 @@ class TokenLM(nn.Module):
         Position 0 reads nothing (all ABSENT); position s reads what step s - 1 of the pattern holds. `reach` limits attention
         to that many steps and step 0; a cache brings its own. Without a cache a `start` says where the condition is looked at.
         """
-        count = steps.shape[2]
-        if cache is not None and cache.keys:
-            cache.check_room(start, count)
+        count, prefix = steps.shape[2], self.prefix_of(condition)
         x = self.embed(steps, self.channel_at(condition, start, count))
-        return self.predict(x, torch.arange(start, start + count, device=x.device), cache, reach)
+        first = 0 if prefix is None else prefix.shape[1]
+        if start == 0:
+            x, first = self._behind(prefix, x)[0], 0
+        if cache is not None and cache.keys:
+            cache.check_room(first + start, x.shape[1])
+        logits = self.predict(x, torch.arange(first + start, first + start + x.shape[1], device=x.device), cache, reach)
+        return logits[:, :, -count:]
+
+    @staticmethod
+    def _behind(prefix: Tensor | None, x: Tensor) -> tuple[Tensor, int]:
+        """x (B, S, D) behind the prefix (B, P, D), and P."""
+        return (x, 0) if prefix is None else (torch.cat([prefix.to(x.dtype), x], dim=1), prefix.shape[1])
 
     def predict(self, x: Tensor, position: Tensor, cache: KVCache | None = None, reach: int | None = None) -> Tensor:
         """What was embedded, (B, S, D), at `position` (S,) -> logits (B, K, S, V), all on the device."""
         x = self._blocks(x, position, cache, reach)
+        if self.shared_codebook:
+            return self.heads[0](x).unsqueeze(1).expand(-1, self.num_codebooks, -1, -1)
         return torch.stack([head(x) for head in self.heads], dim=1)
 
-    def _blocks(self, x: Tensor, position: Tensor, cache: KVCache | None = None, reach: int | None = None) -> Tensor:
-        """As `predict`, up to the vectors (B, S, D) that the heads read."""
+    def check_positions(self, count: int) -> None:
+        """Raise InputError where positions are learnt, and fewer than `count`, those of the prefix included."""
+        if self.positions is not None and count > len(self.positions):
+            raise InputError(
+                f"this LM has learnt {len(self.positions)} positions, and {count} are asked for: give a shorter window, or "
+                "train with a larger lm.max_positions"
+            )
+
+    @torch.no_grad()
+    def attention(self, codes: Tensor, condition: Condition) -> Tensor:
+        """What each position looks at in the last block: (B, H, S, S), the prefix's positions first. Rows sum to 1."""
+        steps = self._read(codes)
+        x, _ = self._behind(self.prefix_of(condition), self.embed(steps, self.channel_at(condition, 0, steps.shape[2])))
+        position = torch.arange(x.shape[1], device=x.device)
+        x = self._blocks(x, position, blocks=self.blocks[:-1])
+        last = self.blocks[-1]
+        q, k, _ = last.attention.split(last.attention_norm(x), self._rotations(position))
+        seen = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).tril()
+        return (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).masked_fill(~seen, -torch.inf).softmax(-1)
+
+    def _rotations(self, position: Tensor) -> Tensor | None:
+        if self.positions is not None:
+            return None
+        return rotary_table(position, self.dim // self.num_heads, self.rope_base)
+
+    def _blocks(
+        self,
+        x: Tensor,
+        position: Tensor,
+        cache: KVCache | None = None,
+        reach: int | None = None,
+        blocks: nn.ModuleList | None = None,
+    ) -> Tensor:
+        """As `predict`, up to the vectors (B, S, D) that the heads read; or behind some of the blocks, not normed."""
         mask, slot = None, position
         if cache is not None and cache.keys:
             mask, slot = cache.seen_from(position), cache.slot_of(position)
         elif reach is not None:
             mask = within_reach(len(position), reach, position.device)
-        table = rotary_table(position, self.dim // self.num_heads, self.rope_base)
+        table = self._rotations(position)
+        if self.positions is not None:
+            x = x + self.positions[position]
         learning = self.training and cache is None and torch.is_grad_enabled()
-        for layer, block in enumerate(self.blocks):
+        for layer, block in enumerate(self.blocks if blocks is None else blocks):
             run = block if learning else block.forward  # the latter passes by what training has wrapped around a block
             if learning and self.checkpoint_every and layer % self.checkpoint_every == 0:
                 x = checkpoint(run, x, table, mask, cache, layer, slot, use_reentrant=False)
             else:
                 x = run(x, table, mask, cache, layer, slot)
+        if blocks is not None:
+            return x
         return self.norm(x) if learning else self.norm.forward(x)
 
     def embed(self, steps: Tensor, channel: Tensor | None) -> Tensor:
         """Steps (B, K, S) beside their channel condition (B, S, C) -> (B, S, D)."""
-        ids = torch.where(steps == ABSENT, self.special, steps)
-        x = torch.stack([embed(ids[:, k]) for k, embed in enumerate(self.embeddings)]).sum(0)
+        absent = steps == ABSENT
+        tables = [self.embeddings[0 if self.shared_codebook else k] for k in range(self.num_codebooks)]
+        ids = steps.masked_fill(absent, 0 if self.style == "gpt" else self.special)
+        vectors = torch.stack([table(ids[:, k]) for k, table in enumerate(tables)])
+        if self.style == "gpt":
+            vectors = vectors.masked_fill(absent.transpose(0, 1).unsqueeze(-1), 0.0)
+        x = vectors.sum(0)
         if channel is not None:
-            x = torch.cat([channel.to(x.dtype), x], dim=-1)
+            x = torch.cat([channel.to(x.dtype), x], dim=-1) if self.channels else x + channel.to(x.dtype)
         return self.dropout(x)
+
+    @property
+    def starts_with_prefix(self) -> bool:
+        """Whether the last vector of the prefix stands at step 0, which otherwise reads nothing."""
+        return self.style == "gpt" and not self.channels
+
+    def prefix_of(self, condition: Condition) -> Tensor | None:
+        """What is read before position 0, (B, P, D). Raises ValueError where this LM needs a prefix and there is none."""
+        if self.starts_with_prefix:
+            if condition.prefix is None:
+                raise ValueError("this LM begins with the last vector of a prefix and was given none")
+            self.check_positions(condition.prefix.shape[1])
+            return condition.prefix[:, :-1] if condition.prefix.shape[1] > 1 else None
+        return condition.prefix
 
     def channel_at(self, condition: Condition, start: int, count: int) -> Tensor | None:
         """The channel condition (B, S, C) of positions [start, start + S); None where this LM reads none."""
+        if self.starts_with_prefix:
+            assert condition.prefix is not None
+            first = condition.prefix[:, -1:]
+            return F.pad(first, (0, 0, 0, count - 1)) if start == 0 else first.new_zeros(1).expand(len(first), count, self.dim)
         if not self.channels:
             return None
         if condition.channel is None:
             raise ValueError(f"this LM reads a channel condition of width {self.channels} and was given none")
-        begin = start - condition.start
+        begin = start - condition.start * self.stride
+        if self.stride > 1:
+            return condition.channel[:, torch.arange(begin, begin + count, device=condition.channel.device) // self.stride]
         channel = condition.channel[:, begin : begin + count]
         missing = count - channel.shape[1]
         if self.after_end is not None and self.training:
