@@ -23,7 +23,7 @@ from vaura.checkpoint import CHECKPOINTS
 from vaura.config import save_config
 from vaura.errors import InputError
 from vaura.files import make_folder, write_aside
-from vaura.published import find_experiment, is_published, read_published
+from vaura.published.vaura import find_experiment, is_published, read_published
 
 
 def main(argv: Sequence[str] | None = None) -> int:

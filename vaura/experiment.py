@@ -22,7 +22,7 @@ from vaura.components import check_components, instantiate
 from vaura.config import load_config, merge, save_config
 from vaura.errors import InputError, nearest
 from vaura.files import make_folder
-from vaura.published import find_experiment, is_published, is_theirs, read_published, rename
+from vaura.published.vaura import find_experiment, is_published, is_theirs, read_published, rename
 from vaura.task.token_prediction import TokenPrediction
 
 CONFIG, TOKENIZER, ENCODER = "config.yaml", "tokenizer.safetensors", "encoder.safetensors"

@@ -122,6 +122,22 @@ def windows(frames: int, frame_rate: Hertz, window: Seconds, stride: Seconds) ->
     return spans
 
 
+def centred_windows(frames: int, width: int) -> list[Window]:
+    """Windows of `width` token frames that move on by one, as SpecVQGAN's: each new frame has width // 2 before it.
+
+    The first window gives the frames up to its middle, the last all that are left.
+
+    >>> centred_windows(7, 4)
+    [Window(start=0, stop=3, prompt=0), Window(start=1, stop=4, prompt=2), Window(start=2, stop=5, prompt=2), \
+Window(start=3, stop=7, prompt=2)]
+    """
+    back = width // 2
+    if frames <= width:
+        return [Window(0, frames, 0)]
+    middle = [Window(start, start + back + 1, back if start else 0) for start in range(frames - width)]
+    return [*middle, Window(frames - width, frames, back)]
+
+
 PUBLISHED_RATE, PUBLISHED_WINDOW, PUBLISHED_FPS, PUBLISHED_SEGMENT = 86, Fraction(64, 25), 25, 16
 """What V-AURA's own generation counts with: 86 token frames a second (DAC has 86.13), windows of 2.56 s, and so on."""
 

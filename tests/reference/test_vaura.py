@@ -26,15 +26,15 @@ from vaura.checkpoint import load_exactly
 from vaura.components import instantiate
 from vaura.conditioner import ChannelConditioner
 from vaura.encoder.avclip import AVCLIP, Sizes, Tower, centred
-from vaura.lm.generation import generate, generate_slow
 from vaura.lm.attention import rotary_table
+from vaura.lm.generation import generate, generate_slow
 from vaura.lm.llama import TokenLM
 from vaura.lm.pattern import delay, delays_of, undelay
 from vaura.lm.sampling import Guidance, Sampler
 from vaura.media.loudness import normalise
 from vaura.media.video import crop, evenly_spaced, resized, segment_starts
 from vaura.protocols import ABSENT, Condition
-from vaura.published import Reading, read_published, rename
+from vaura.published.vaura import Reading, read_published, rename
 from vaura.task.optimizer import Constant, Cosine, InverseSquareRoot, Optimizer
 from vaura.task.token_prediction import TokenPrediction
 from vaura.timing import cover, published_windows

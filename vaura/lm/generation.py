@@ -224,12 +224,13 @@ def generate_slow(
 ) -> Tensor:
     """The same as `generate`, one full pass over all steps so far for every step: the truth that the fast loop equals."""
     guidance = Guidance.of(guidance)
-    codes, prompted = _open_codes(frames, len(seeds), lm.num_codebooks, prompt, lm.norm.weight.device)
-    steps, done = _delayed(lm, codes), prompted * lm.stride
-    writable = _delayed(lm, (codes == ABSENT).long(), 0).bool()
+    codes, _ = _open_codes(frames, len(seeds), lm.num_codebooks, prompt, lm.norm.weight.device)
+    steps, writable = _delayed(lm, codes), _delayed(lm, (codes == ABSENT).long(), 0).bool()
     draws = (draw_uniform(seeds, steps.shape[2], lm.num_codebooks) if draws is None else draws).to(codes.device)
     rows, last = (2 if guidance.on else 1), steps.shape[2] - 1
-    for s in range(done, steps.shape[2]):
+    for s in range(steps.shape[2]):
+        if not writable[:, :, s].any():
+            continue
         so_far = F.pad(steps[:, :, :s], (1, 0), value=ABSENT)
         logits = guidance(lm.step(torch.cat([so_far] * rows), condition)[:, :, -1], s / max(last, 1))
         tokens = sampler(logits, draws[:, s])

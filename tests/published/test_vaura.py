@@ -11,14 +11,15 @@ import torch
 from safetensors.torch import load_file
 
 import vaura
-from vaura import experiment, published
+from vaura import experiment
 from vaura.checkpoint import plain, read_checkpoint
 from vaura.errors import InputError
 from vaura.generate import VideoToAudio
 from vaura.lm.llama import TokenLM
+from vaura.published import vaura as published
 from vaura.tokenizer.dac import DAC
 
-REPOSITORY = Path(__file__).resolve().parents[1]
+REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 def test_the_settings_and_tensors_become_the_houses(original):

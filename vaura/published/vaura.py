@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from vaura.checkpoint import CHECKPOINTS, best_checkpoint, plain, read_checkpoin
 from vaura.command import CONFIGS, defaults_of
 from vaura.config import compose
 from vaura.errors import InputError
+from vaura.published.reading import Reading, wanted
 from vaura.weights import fetch_archive
 
 RECIPE = CONFIGS / "experiments/vggsound/avclip/9cb-viscond-avclip-channel_concat-llama.yaml"
@@ -51,17 +51,6 @@ RENAMED = (
     (r"sampler\.cls_embeddings\.projection\.(fc[12])\.weight", r"conditioner.\1.weight"),
     (r"sampler\.cls_embeddings\.uncond_embedding", r"conditioner.null"),
 )
-
-
-@dataclass
-class Reading:
-    """What became of a published experiment: its config, the tensors of its task, and an account of every key."""
-
-    checkpoint: Path
-    config: DictConfig
-    state: dict[str, Tensor]
-    used: dict[str, str] = field(default_factory=dict)  # key in the file -> what reads it
-    dropped: dict[str, str] = field(default_factory=dict)  # key in the file -> why nothing reads it
 
 
 def is_published(folder: Path) -> bool:
@@ -147,12 +136,12 @@ def translate_settings(
 ) -> DictConfig:
     """The house's config of a published model: its recipe, with what `settings` and the tensors' shapes say."""
     config = compose(RECIPE)
-    sampler, codec = _wanted(settings, "sampler_config.params"), _wanted(settings, "audio_encoder_config")
+    sampler, codec = wanted(settings, "sampler_config.params"), wanted(settings, "audio_encoder_config")
     table = "sampler.tok_embeddings.0.emb.weight"
     lm = {
-        "num_layers": _wanted(settings, "sampler_config.params.num_layers"),
-        "dim": _wanted(settings, "sampler_config.params.d_model"),
-        "num_heads": _wanted(settings, "sampler_config.params.nhead"),
+        "num_layers": wanted(settings, "sampler_config.params.num_layers"),
+        "dim": wanted(settings, "sampler_config.params.d_model"),
+        "num_heads": wanted(settings, "sampler_config.params.nhead"),
         "channels": sampler["d_model"] // sampler.get("cond_feature_channel_scaler", 2),
         "code_dim": tensors[table].shape[1] if table in tensors else None,
         "pattern": _pattern(settings),
@@ -191,18 +180,8 @@ def translate_settings(
     return merged
 
 
-def _wanted(settings: Mapping[str, Any], key: str) -> Any:
-    """The setting of a dotted key. Raises InputError where there is none."""
-    found: Any = settings
-    for part in key.split("."):
-        found = found.get(part) if isinstance(found, Mapping) else None
-    if found is None:
-        raise InputError(f"the settings of this experiment lack {key}, without which its model cannot be built")
-    return found
-
-
 def _pattern(settings: Mapping[str, Any]) -> str:
-    target = str(_wanted(settings, "pattern_provider_config.target"))
+    target = str(wanted(settings, "pattern_provider_config.target"))
     for name, pattern in (("Delayed", "delay"), ("Parallel", "parallel")):
         if target.endswith(f"{name}PatternProvider"):
             return pattern

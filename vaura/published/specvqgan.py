@@ -1,0 +1,166 @@
+"""Transformers that SpecVQGAN published, in the house's words.
+
+Such a run's folder holds `checkpoints/*.ckpt` of Lightning, with the frozen codebook inside, and `configs/*-project.yaml`.
+Nothing in it is run or changed: its settings become a config of the house, its tensors those of the token LM and the
+conditioner, and the tokenizer reads its own part of the same file.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
+
+from vaura.checkpoint import CHECKPOINTS, plain
+from vaura.command import CONFIGS
+from vaura.config import compose
+from vaura.errors import InputError
+from vaura.published.reading import Reading, wanted
+
+RECIPES = CONFIGS / "experiments/specvqgan"
+CODEBOOK = "first_stage_model."
+
+# The house's name of each tensor, where the two are the same but for the name.
+RENAMED = (
+    (r"tok_emb\.weight", r"lm.embeddings.0.weight"),
+    (r"blocks\.(\d+)\.ln1\.(weight|bias)", r"lm.blocks.\1.attention_norm.\2"),
+    (r"blocks\.(\d+)\.ln2\.(weight|bias)", r"lm.blocks.\1.ffn_norm.\2"),
+    (r"blocks\.(\d+)\.attn\.proj\.(weight|bias)", r"lm.blocks.\1.attention.out.\2"),
+    (r"blocks\.(\d+)\.mlp\.0\.(weight|bias)", r"lm.blocks.\1.ffn.up.\2"),
+    (r"blocks\.(\d+)\.mlp\.2\.(weight|bias)", r"lm.blocks.\1.ffn.down.\2"),
+    (r"ln_f\.(weight|bias)", r"lm.norm.\1"),
+    (r"head\.weight", r"lm.heads.0.weight"),
+    (r"cls_embedder\.weight", r"conditioner.class_embed.weight"),
+    (r"(?:feat_)?embedder\.((?:weight|bias)(?:_[ih]h_l0)?)", r"conditioner.embed.\1"),
+)
+QUERY = r"blocks\.(\d+)\.attn\.query\.(weight|bias)"  # with its key and its value one tensor of the house
+DROPPED = (
+    (r"blocks\.\d+\.attn\.mask", "the triangle of a causal mask"),
+    (r"first_stage_permuter\..*", "the order of the codes, which the pattern knows"),
+)
+
+
+def is_theirs(tensors: Mapping[str, Any]) -> bool:
+    """Whether the tensors bear SpecVQGAN's names."""
+    return any(str(key).removeprefix("transformer.") == "tok_emb.weight" for key in tensors)
+
+
+def rename(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str], dict[str, str]]:
+    """Tensors by the house's names, with an account: which keys are used, and which are not.
+
+    Raises InputError where a block lacks its query, key or value.
+    """
+    state, used, dropped = dict[str, Tensor](), dict[str, str](), dict[str, str]()
+    for key, value in tensors.items():
+        name = key.removeprefix("transformer.")
+        ours = next((re.sub(old, new, name) for old, new in RENAMED if re.fullmatch(old, name)), None)
+        if key.startswith(CODEBOOK):
+            used[key] = "tokenizer"
+        elif reason := next((why for pattern, why in DROPPED if re.fullmatch(pattern, name)), None):
+            dropped[key] = reason
+        elif ours == "conditioner.embed.weight" and value.dim() == 2 and key.removesuffix("weight") + "bias" not in tensors:
+            state["conditioner.class_embed.weight"], used[key] = value, "conditioner.class_embed.weight"  # a table of classes
+        elif ours is not None:
+            state[ours] = value.squeeze(-1) if ours == "conditioner.embed.weight" and value.dim() == 3 else value
+            used[key] = ours
+        elif name == "pos_emb":
+            state["lm.positions"], used[key] = value[0], "lm.positions"
+        elif match := re.fullmatch(QUERY, name):
+            layer, kind = match.groups()
+            three = [key.replace(".query.", f".{part}.") for part in ("query", "key", "value")]
+            if lacking := [one for one in three if one not in tensors]:
+                raise InputError(f"this transformer lacks {lacking[0]}; give a whole checkpoint")
+            state[f"lm.blocks.{layer}.attention.qkv.{kind}"] = torch.cat([tensors[one] for one in three])
+            used |= dict.fromkeys(three, f"lm.blocks.{layer}.attention.qkv.{kind}")
+        elif key not in used and not re.fullmatch(QUERY.replace("query", "(?:key|value)"), name):
+            dropped[key] = "unknown to the house"
+    return state, used, dropped
+
+
+def is_published(folder: Path) -> bool:
+    """Whether `folder` is a run of SpecVQGAN's own."""
+    return any((folder / CHECKPOINTS).glob("*.ckpt")) and any((folder / "configs").glob("*-project.yaml"))
+
+
+def read_settings(folder: Path) -> dict[str, Any]:
+    """The model's settings, of all files of the run, the later over the earlier. Raises InputError where there are none."""
+    merged = OmegaConf.create()
+    for path in sorted((folder / "configs").glob("*-project.yaml")):
+        try:
+            merged = OmegaConf.merge(merged, OmegaConf.load(path))
+        except yaml.YAMLError as error:
+            raise InputError(f"{path} is no YAML ({' '.join(str(error).split())}); restore it from the archive") from error
+    found = plain(OmegaConf.to_container(merged, resolve=False))
+    if not isinstance(found, dict) or "model" not in found:
+        raise InputError(f"{folder}/configs tells no settings of a model; restore *-project.yaml from the archive")
+    return found
+
+
+def translate(folder: Path, content: Mapping[str, Any], checkpoint: Path) -> Reading:
+    """What became of a published transformer. Raises InputError where settings or tensors are missing or of another model."""
+    tensors = content.get("state_dict")
+    if not isinstance(tensors, Mapping) or not is_theirs(tensors):
+        raise InputError(f"{checkpoint} holds no transformer of SpecVQGAN; a codebook is given by tokenizer.weights")
+    settings = read_settings(folder)
+    state, used, dropped = rename(tensors)
+    dropped |= {key: "of the training that made it" for key in content if key not in ("state_dict", "hyper_parameters")}
+    return Reading(checkpoint, translate_settings(settings, state, checkpoint), state, used, dropped)
+
+
+def translate_settings(settings: Mapping[str, Any], state: Mapping[str, Tensor], checkpoint: Path) -> DictConfig:
+    """The house's config: the recipe of its corpus, with what `settings` and the tensors' shapes say."""
+    gpt = wanted(settings, "model.params.transformer_config.params.GPT_config")
+    codebook = wanted(settings, "model.params.first_stage_config.params")
+    network = wanted(codebook, "ddconfig")
+    permuter = wanted(settings, "model.params.first_stage_permuter_config.params")
+    rows, columns = int(permuter["H"]), int(permuter["W"])
+    corpus = "vggsound" if "vggsound" in str(settings.get("data")).lower() else "vas"
+    embed = state.get("conditioner.embed.weight", state.get("conditioner.embed.weight_ih_l0"))
+    classes = state.get("conditioner.class_embed.weight")
+    block = int(wanted(gpt, "block_size"))
+    features = 0 if embed is None else block - rows * columns - (classes is not None)
+    config = compose(RECIPES / f"{corpus}_transformer.yaml")
+    names = {"num_layers": "n_layer", "dim": "n_embd", "num_heads": "n_head"}
+    changes: dict[str, Any] = {
+        "features": max(features, 1),
+        "name": "imported",
+        "lm": {ours: int(wanted(gpt, theirs)) for ours, theirs in names.items()} | {"max_positions": block},
+        "conditioner": {
+            "features": features,
+            "classes": 0 if classes is None else len(classes),
+            "embed": "linear",
+            "learn_null": False,
+        },
+        "tokenizer": {
+            "codebook_size": int(wanted(codebook, "n_embed")),
+            "codebook_dim": int(wanted(codebook, "embed_dim")),
+            "width": int(wanted(network, "ch")),
+            "multipliers": [int(number) for number in wanted(network, "ch_mult")],
+            "blocks": int(wanted(network, "num_res_blocks")),
+            "latent_dim": int(wanted(network, "z_channels")),
+            "window": columns,
+            "weights": str(checkpoint),
+        },
+    }
+    if embed is not None:
+        gates = {1: "linear", 3: "gru", 4: "lstm"}
+        changes["conditioner"]["embed"] = gates[len(embed) // changes["lm"]["dim"]]
+        changes["encoder"] = {"dim": embed.shape[1]}
+    if "random" in str(settings.get("data")) and _says(settings.get("data"), "replace_feats_with_random"):
+        changes["data"] = {"random_features": True}
+    merged = OmegaConf.merge(config, changes)
+    assert isinstance(merged, DictConfig)
+    return merged
+
+
+def _says(tree: Any, key: str) -> bool:
+    """Whether `key` is true anywhere in a tree of settings."""
+    if isinstance(tree, Mapping):
+        return bool(tree.get(key)) or any(_says(value, key) for value in tree.values())
+    return False
