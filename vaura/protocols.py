@@ -70,7 +70,9 @@ class Encoder(Protocol):
     frame_rate: float  # features per second, never rounded; feature m covers [m, m + 1) / frame_rate seconds
     fps: float  # video frames per second it wants
     size: int  # side of the square frame it wants, pixels
-    resize: int  # short side of the picture from which that square is cut, pixels
+    resize: (
+        int | tuple[int, int]
+    )  # short side of the picture from which that square is cut, or all its height and width, pixels
     segment: int  # video frames it looks at as one; it wants whole numbers of these
     context: float  # seconds on either side of an instant that its feature depends on
 

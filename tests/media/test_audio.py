@@ -209,3 +209,20 @@ def test_what_is_no_number_is_not_written(tmp_path, value):
     with pytest.raises(InputError, match="not finite"):
         write_wav(tmp_path / "sound.wav", wav, 16000)
     assert not list(tmp_path.iterdir())
+
+
+def test_packets_stamped_when_they_came_are_put_one_after_another(tmp_path):
+    """Some recorders' stamps fall behind by up to a packet, and durations with them; nothing is missing and nothing doubled."""
+    path, other = write_sound(tmp_path / "even.m4a", chirp(RATE, 2)[None], RATE, "aac"), tmp_path / "uneven.m4a"
+    behind = {4: 465, 5: 908, 6: 433, 13: 903, 14: 432, 30: 892}
+    with av.open(str(path)) as source, av.open(str(other), "w") as target:
+        stream = target.add_stream_from_template(source.streams.audio[0])
+        for number, packet in enumerate(packet for packet in source.demux(audio=0) if packet.size):
+            packet.pts = packet.dts = packet.pts - behind.get(number, 0)
+            packet.stream = stream
+            target.mux(packet)
+    with av.open(str(other)) as file:
+        durations = {packet.duration for packet in file.demux(audio=0) if packet.size}
+    assert len(durations) > 3
+    wanted = read_audio(path, 0.0, 1.9, RATE)
+    torch.testing.assert_close(read_audio(other, 0.0, 1.9, RATE), wanted, rtol=0, atol=1e-6)

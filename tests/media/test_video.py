@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from vaura.errors import InputError
+from vaura.media.mux import write_video
 from vaura.media.video import crop, evenly_spaced, probe, read_video, resized, segment_starts
 
 BITS = 8
@@ -411,3 +412,12 @@ def test_tags_in_another_encoding_do_not_matter(tmp_path):
     assert utf8.count("caf\u00e9s".encode()) == 1
     path.write_bytes(utf8.replace("caf\u00e9s".encode(), b"caf\xe9s!"))
     assert probe(path).width == 32
+
+
+def test_a_whole_picture_can_be_squeezed_into_a_square(tmp_path):
+    frames = torch.randint(0, 256, (5, 3, 40, 64), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    write_video(tmp_path / "wide.mp4", frames, 10)
+    whole = read_video(tmp_path / "wide.mp4", fps=10)
+    squeezed = read_video(tmp_path / "wide.mp4", fps=10, size=24, resize=(24, 24))
+    assert torch.equal(squeezed, resized(whole, (24, 24)))
+    assert squeezed.shape == (5, 3, 24, 24)

@@ -31,7 +31,7 @@ class ClipDataset(Dataset):
     Args:
         clips: what to read.
         duration: seconds of every item.
-        fps, size: frames a second and side of the square picture, pixels.
+        fps, size: frames a second and side of the square picture, pixels; fps None: items are of sound alone.
         sample_rate, channels: of the sound.
         resize: short side of the picture before the square is cut, pixels; None: `size`.
         reader: what decodes the picture, see `read_video`.
@@ -43,11 +43,11 @@ class ClipDataset(Dataset):
         clips: list[Clip],
         duration: float,
         *,
-        fps: float,
+        fps: float | None,
         size: int,
         sample_rate: int,
         channels: int,
-        resize: int | None = None,
+        resize: int | tuple[int, int] | None = None,
         reader: str = "pyav",
         random_start: bool = False,
         random_crop: bool = False,
@@ -104,11 +104,13 @@ class ClipDataset(Dataset):
         place, flip = self.view_of(epoch, index)
         size = {"size": self.size, "resize": self.resize, "reader": self.reader}
         try:
-            video = read_video(clip.video, start, self.duration, self.fps, **size, place=place, flip=flip)
-            audio = read_audio(clip.video, start, self.duration, self.sample_rate, self.channels)
+            item: Batch = {"id": clip.id, "start": start}
+            if self.fps is not None:
+                item["video"] = read_video(clip.video, start, self.duration, self.fps, **size, place=place, flip=flip)
+            item["audio"] = read_audio(clip.video, start, self.duration, self.sample_rate, self.channels)
         except InputError as error:
             return str(error)
-        return {"id": clip.id, "start": start, "video": video, "audio": audio}
+        return item
 
     def keep_all(self, workers: int) -> None:
         """Read every clip once and keep it in memory; for corpora of fixed spans that fit there."""

@@ -194,7 +194,7 @@ class VideoData:
         size: int,
         sample_rate: int,
         channels: int,
-        resize: int | None = None,
+        resize: int | tuple[int, int] | None = None,
         needs: Sequence[str] = ("train",),
     ) -> None:
         if keep_in_memory and (random_start or random_crop or flip):

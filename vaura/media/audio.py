@@ -26,7 +26,10 @@ SLACK = Fraction(1, 10)
 """Seconds past the end of a file that are filled with silence without complaint."""
 
 JUMP = Fraction(1, 100)
-"""Stamps that differ by less from where the sound has got to are rounding; by more, sound is missing there."""
+"""Stamps that lie by less ahead of where the sound has got to are rounding; by more, sound is missing there.
+
+Behind it they may lie by as much as a packet: some recorders stamp packets when they come, and their sound is whole.
+"""
 
 NEAR = 30
 """Up to this second sound is decoded from the beginning: half a millisecond a second, and exactly the same every time."""
@@ -104,14 +107,19 @@ def _decode(file: InputContainer, path: str | Path) -> Iterator[_Piece]:
     """The sound from the file's position on."""
     stream = file.streams.audio[0]
     line = video.origin(file)
+    held, sounding = None, None  # the last piece, and how many of its samples sound if no other follows
     for packet in video.packets(file, stream, path):
         for frame in video.decode(packet, path):
-            wav = _floats(frame)
+            if held is not None:
+                yield held
+            seconds = None if frame.pts is None else frame.pts * video.tick(frame) - line
+            begin = None if seconds is None else round(seconds * frame.sample_rate)
+            held, sounding = _Piece(_floats(frame), begin, frame.sample_rate), None
             if packet.duration and frame.pts == packet.pts and _stamps_count_samples(file, frame.sample_rate):
                 # the last packet of an mp4 says how much of it is sound and how much fills the codec's frame
-                wav = wav[:, : round(packet.duration * video.tick(stream) * frame.sample_rate)]
-            seconds = None if frame.pts is None else frame.pts * video.tick(frame) - line
-            yield _Piece(wav, None if seconds is None else round(seconds * frame.sample_rate), frame.sample_rate)
+                sounding = round(packet.duration * video.tick(stream) * frame.sample_rate)
+    if held is not None:
+        yield held._replace(wav=held.wav[:, :sounding])
 
 
 def _stamps_count_samples(file: InputContainer, rate: int) -> bool:
@@ -138,7 +146,7 @@ def _assemble(pieces: Iterable[_Piece], start: int, stop: int | None, channels: 
     for piece in pieces:
         if piece.rate != (rate := rate or piece.rate):
             raise InputError(f"{path} changes its sample rate from {rate} to {piece.rate} Hz; put it into one rate first")
-        if cursor is None or (piece.begin is not None and abs(piece.begin - cursor) > JUMP * rate):
+        if cursor is None or (piece.begin is not None and _leaps(piece.begin - cursor, piece.wav.shape[1], rate)):
             cursor = piece.begin or 0
         if cursor + piece.wav.shape[1] > start:
             kept.append((cursor - start, _mix(piece.wav, channels)))
@@ -151,6 +159,11 @@ def _assemble(pieces: Iterable[_Piece], start: int, stop: int | None, channels: 
         samples = samples[:, max(0, -at) : max(0, wav.shape[1] - at)]
         wav[:, max(0, at) : max(0, at) + samples.shape[1]] = samples
     return torch.from_numpy(wav), end
+
+
+def _leaps(ahead: int, length: int, rate: int) -> bool:
+    """Whether the stamp of a piece of `length` samples lies so far ahead, or behind, that the piece is put where it says."""
+    return ahead > JUMP * rate or -ahead > max(length, JUMP * rate)
 
 
 def _mix(wav: np.ndarray, channels: int) -> np.ndarray:

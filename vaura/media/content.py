@@ -15,7 +15,7 @@ from vaura.errors import InputError
 from vaura.files import write_aside
 from vaura.progress import track
 
-FORMAT = 2
+FORMAT = 3
 """Raised whenever files are read, or encoded, differently: what was kept before is then never found."""
 
 MEGABYTE = 1_000_000

@@ -64,7 +64,7 @@ class Converter:
     def __init__(
         self,
         size: int | None = None,
-        resize: int | None = None,
+        resize: int | tuple[int, int] | None = None,
         place: tuple[float, float] = CENTRE,
         flip: bool = False,
     ):
@@ -141,7 +141,11 @@ def _view(plane: Any, channels: int) -> np.ndarray:
 
 
 def view(
-    video: Tensor, size: int | None, resize: int | None, place: tuple[float, float] = CENTRE, flip: bool = False
+    video: Tensor,
+    size: int | None,
+    resize: int | tuple[int, int] | None,
+    place: tuple[float, float] = CENTRE,
+    flip: bool = False,
 ) -> Tensor:
     """video (F, 3, H, W) uint8 of whole pictures -> what `Converter` makes of such frames, (F, 3, h, w); may be a view."""
     height, width = video.shape[-2:]
@@ -154,12 +158,16 @@ def view(
     return video.flip(-1) if flip else video
 
 
-def resized(image: Tensor, short: int) -> Tensor:
+def resized(image: Tensor, short: int | tuple[int, int]) -> Tensor:
     """image (..., 3, H, W) uint8, its short side made `short` pixels and its long side in proportion, rounded down.
+
+    Two numbers are the height and the width, whatever the shape was.
 
     A smaller one grows. Bilinear with antialiasing: equal to torchvision's Resize.
     """
     height, width = image.shape[-2:]
+    if isinstance(short, tuple):
+        return scaled(image, short)
     if min(height, width) == short:
         return image
     return scaled(image, (short, short * width // height) if height <= width else (short * height // width, short))

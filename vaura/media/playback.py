@@ -18,7 +18,14 @@ from vaura.media.video import HALF_TICK, HOLD, check_span, interval, on_screen, 
 
 
 def play(
-    path: str | Path, start: float, duration: float, fps: float, size: int, *, resize: int | None = None, hold: bool = False
+    path: str | Path,
+    start: float,
+    duration: float,
+    fps: float,
+    size: int,
+    *,
+    resize: int | tuple[int, int] | None = None,
+    hold: bool = False,
 ) -> Iterator[Tensor]:
     """The frames (3, H, W) that `vaura.media.video.read_video` gives for the same arguments, to the bit; it raises the same.
 

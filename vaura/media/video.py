@@ -93,7 +93,7 @@ def read_video(
     fps: float = 25.0,
     size: int | None = None,
     *,
-    resize: int | None = None,
+    resize: int | tuple[int, int] | None = None,
     place: tuple[float, float] = CENTRE,
     flip: bool = False,
     hold: bool = False,
@@ -106,8 +106,9 @@ def read_video(
     Args:
         duration: seconds; None: to the end of the picture.
         size: side of the square cut out, pixels; None: the whole picture.
-        resize: short side before that, pixels; None: `size`. One other than `size` gives the very grey levels of torchvision's
-            antialiased Resize; `size` itself is reached while colours are converted, which is quicker and a few levels off.
+        resize: short side before that, pixels, or the height and width that the whole picture is given, whatever its shape;
+            None: `size`. One other than `size` gives the very grey levels of torchvision's antialiased Resize; `size` itself is
+            reached while colours are converted, which is quicker and a few levels off.
             A picture that has this short side already, and one without `size`, has the levels of FFmpeg's plain conversion.
         place: where the square is cut, as shares of what is left over beside it and above it.
         flip: mirror left and right.
@@ -122,7 +123,7 @@ def read_video(
     check_span(path, start, duration)
     if fps <= 0 or (size is not None and size < 1):
         raise InputError(f"cannot read {path} at {fps} frames a second and size {size}: both must be above 0")
-    if resize is not None and resize < (size or 1):
+    if isinstance(resize, int) and resize < (size or 1):
         raise InputError(f"cannot read {path} resized to {resize} pixels: a square of {size or 1} does not fit into that")
     begin = timing.exact(start)
     span = timing.exact(duration) if duration is not None else end_of(path, "video") - begin

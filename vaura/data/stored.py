@@ -1,0 +1,347 @@
+"""Corpora of arrays: mels, and features of the picture, that somebody has made and stored, as SpecVQGAN's VAS and VGGSound are.
+
+A list names the clips of a split, one a line, as CLASS/NAME or NAME. Below the corpus's folder each has one array a kind:
+
+    [CLASS/]melspec_10s_22050hz/NAME_mel.npy                       mel (80, 860) in [0, 1]
+    [CLASS/]feature_rgb_bninception_dim1024_21.5fps/NAME.pkl       features (about 215, 1024), 21.5 a second
+    [CLASS/]feature_flow_bninception_dim1024_21.5fps/NAME.pkl
+    [CLASS/]feature_resnet50_dim2048_21.5fps/NAME.pkl              features (215, 2048)
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from vaura.data.clips import Batch, ClipLoader, EpochOrder
+from vaura.data.manifest import PREDICT, SPLITS, names_in
+from vaura.data.pickled import read_array
+from vaura.data.tables import read_rows, read_text
+from vaura.errors import InputError, nearest
+from vaura.protocols import ABSENT
+from vaura.seeds import seed_of, share_of
+
+MEL = "melspec_10s_22050hz"
+YOUTUBE = 11  # characters of a video's id there, with which VGGSound's clips are called first
+TRIED = 3  # clips read before anything begins
+
+
+class StoredClip(NamedTuple):
+    """A clip whose arrays lie in folders of `place`, as `name` and what each kind ends with."""
+
+    id: str  # the line of its list
+    split: str
+    place: Path
+    name: str
+    label: int = ABSENT
+
+    def path(self, kind: str) -> Path:
+        """Where its array of this kind lies."""
+        return self.place / kind / _file(self.name, kind)
+
+
+def _file(name: str, kind: str) -> str:
+    return f"{name}_mel.npy" if kind == MEL else f"{name}.pkl"
+
+
+class StoredDataset(Dataset):
+    """The arrays of clips, cut to one size.
+
+    An item is asked for as (epoch, index); it depends on these and the seed alone. It holds `id`, `start` (0, for what counts
+    seconds), `mel` (80, M) in [0, 1], `label`, and `features` (F, E) where `kinds` names some or they are random.
+
+    Args:
+        clips: what to read.
+        kinds: folders of the features, whose vectors are laid end to end; none: items have no features.
+        dim: width of the features; None takes any.
+        features: F, vectors of an item.
+        mel_frames: columns of an item's mel, M.
+        random_crop: cut the mel elsewhere every epoch, the features not; otherwise its middle.
+        random_features: chance in place of features, uniform in [0, 1), drawn anew every epoch; nothing of `kinds` is read.
+        feature_frames: vectors to which stored features are cut, or filled up with 0.
+        feature_crop: how many of these, from their middle, are chosen from.
+        seed: of the cuts, and of features of chance.
+    """
+
+    def __init__(
+        self,
+        clips: Sequence[StoredClip],
+        *,
+        kinds: Sequence[str] = (),
+        dim: int | None = None,
+        features: int = 212,
+        mel_frames: int = 848,
+        random_crop: bool = False,
+        random_features: bool = False,
+        feature_frames: int = 215,
+        feature_crop: int = 212,
+        seed: int = 0,
+    ) -> None:
+        self.clips, self.kinds, self.dim, self.seed = clips, kinds, dim, seed
+        self.mel_frames, self.random_crop, self.random_features = mel_frames, random_crop, random_features
+        self.features, self.feature_frames, self.feature_crop = features, feature_frames, feature_crop
+        self._chosen = torch.from_numpy(resample_indices(features, feature_crop))
+
+    def __len__(self) -> int:
+        return len(self.clips)
+
+    def __getitem__(self, key: tuple[int, int]) -> Batch | None:
+        """The item, or None (with a warning that names the file) where it cannot be read."""
+        item = self.read(*key)
+        if isinstance(item, str):
+            warnings.warn(f"left out of this batch: {item}", stacklevel=2)
+            return None
+        return item
+
+    def read(self, epoch: int, index: int) -> Batch | str:
+        """The item, or the sentence that says why there is none."""
+        clip = self.clips[index]
+        item: Batch = {"id": clip.id, "start": 0.0, "label": torch.tensor(clip.label)}
+        try:
+            item["mel"] = self._mel(clip, epoch)
+            if self.random_features:
+                draw = torch.Generator().manual_seed(seed_of(self.seed, "features", epoch, clip.id))
+                item["features"] = torch.rand(self.features, self.dim or 0, generator=draw)
+            elif self.kinds:
+                item["features"] = self._features(clip)
+        except InputError as error:
+            return str(error)
+        return item
+
+    def _mel(self, clip: StoredClip, epoch: int) -> Tensor:
+        path = clip.path(MEL)
+        mel = read_mel(path)
+        if mel.shape[1] < self.mel_frames:
+            raise InputError(f"{path} holds {mel.shape[1]} columns, fewer than data.mel_frames={self.mel_frames}; lower that")
+        slack = mel.shape[1] - self.mel_frames
+        first = int((slack + 1) * share_of(self.seed, clip.id, epoch, "crop")) if self.random_crop else slack // 2
+        return mel[:, first : first + self.mel_frames].contiguous()
+
+    def _features(self, clip: StoredClip) -> Tensor:
+        arrays = [_vectors(clip.path(kind)) for kind in self.kinds]
+        shared = min(map(len, arrays))  # flow has a picture less
+        vectors = torch.from_numpy(np.concatenate([array[:shared] for array in arrays], axis=1).astype(np.float32))
+        if self.dim not in (None, vectors.shape[1]):
+            told = " and ".join(self.kinds)
+            raise InputError(f"{told} of {clip.id} are {vectors.shape[1]} wide together, not encoder.dim={self.dim}; set that")
+        even = F.pad(vectors, (0, 0, 0, self.feature_frames - shared))  # of less than 0 it cuts
+        return even[centre_crop(self.feature_frames, self.feature_crop)][self._chosen]
+
+
+def resample_indices(features: int, length: int, repeat: int = 1) -> np.ndarray:
+    """Which of `length` vectors stand for all of them where only `features` are wanted: (features * repeat,) int64.
+
+    They lie evenly, each shifted by length // (features + 1), and every one is named `repeat` times, as SpecVQGAN chooses them.
+    Raises InputError where more are wanted than there are.
+
+    >>> resample_indices(5, 212).tolist()
+    [35, 77, 119, 162, 204]
+    """
+    if not 1 <= features <= length:
+        raise InputError(f"data.features is {features}; a clip has 1 to {length} of them (data.feature_crop)")
+    even = np.linspace(0, length, features, endpoint=False).astype(np.int64)
+    return np.repeat(even + length // (features + 1), repeat)
+
+
+def centre_crop(length: int, wanted: int) -> slice:
+    """The middle `wanted` of `length`; the odd one over lies behind.
+
+    >>> centre_crop(860, 848), centre_crop(215, 212)
+    (slice(6, 854, None), slice(1, 213, None))
+    """
+    first = (length - wanted) // 2
+    return slice(first, first + wanted)
+
+
+def read_mel(path: str | Path) -> Tensor:
+    """A stored mel (80, M) float32. Raises InputError where the file is missing, broken, or no mel in [0, 1]."""
+    try:
+        mel = np.load(path, allow_pickle=False)
+    except FileNotFoundError as error:
+        raise InputError(f"there is no file {path}; check the path") from error
+    except (OSError, ValueError, EOFError) as error:
+        raise InputError(f"{path} cannot be read as an array ({error}); replace the file") from error
+    if not isinstance(mel, np.ndarray) or mel.ndim != 2 or mel.dtype.kind != "f" or not mel.size:
+        raise InputError(f"{path} holds no mel, a table of bands and columns; replace the file")
+    if not (mel.min() >= 0 and mel.max() <= 1):  # so written, what is no number is refused too
+        raise InputError(f"{path} reaches from {mel.min():.3g} to {mel.max():.3g}; mels here lie in [0, 1]: make it anew")
+    return torch.from_numpy(mel.astype(np.float32))
+
+
+def _vectors(path: Path) -> np.ndarray:
+    array = read_array(path)
+    if array.ndim != 2 or array.dtype.kind != "f" or not np.isfinite(array).all():
+        raise InputError(f"{path} holds no features, a table of numbers with a row for each; replace the file")
+    return array
+
+
+class StoredData:
+    """The clips of a corpus of arrays, by split, and their loaders.
+
+    Clips of a list whose files are missing are left out, and one warning says how many. `classes` are what labels stand for,
+    folders in the lists, sorted, or the words of `labels_file`; where there are neither, it is empty and labels are -1.
+
+    Args:
+        data_dir: folder of the corpus.
+        lists: split -> the file that lists its clips; null: there is none.
+        features: vectors of a clip, F: 1 to `feature_crop`.
+        batch_size: clips a step, per process.
+        workers: processes that read; 0: the main one.
+        labels_file: VGGSound's csv `id,start,label,split`; null: classes are folders.
+        only_class: leave out the clips of all other classes; null: none.
+        kinds, dim: what the encoder calls its features, and how wide they are together.
+        needs: splits without whose clips nothing can be done.
+        mel_frames, random_crop, random_features, feature_frames, feature_crop, seed: as of `StoredDataset`; only training is
+            cut at random.
+    """
+
+    cache = None  # there are no videos to spare
+
+    def __init__(
+        self,
+        *,
+        data_dir: str,
+        lists: Mapping[str, str | None],
+        features: int,
+        batch_size: int,
+        workers: int,
+        mel_frames: int = 848,
+        random_crop: bool = False,
+        random_features: bool = False,
+        feature_frames: int = 215,
+        feature_crop: int = 212,
+        labels_file: str | None = None,
+        only_class: str | None = None,
+        seed: int = 0,
+        kinds: Sequence[str] = (),
+        dim: int | None = None,
+        needs: Sequence[str] = ("train",),
+    ) -> None:
+        if not 1 <= feature_crop <= feature_frames:
+            raise InputError(f"data.feature_crop is {feature_crop}; choose 1 to data.feature_frames={feature_frames}")
+        resample_indices(features, feature_crop)  # refuses now
+        if random_features and not dim:
+            raise InputError("data.random_features=true needs an encoder that says how wide features are: set encoder.dim")
+        if unknown := [split for split in lists if split not in (*SPLITS, PREDICT)]:
+            raise InputError(f"data.lists.{unknown[0]} is no split; one is {', '.join(SPLITS)}." + nearest(unknown[0], SPLITS))
+        if not Path(data_dir).is_dir():
+            raise InputError(f"the folder {data_dir} of stored mels and features does not exist; check data.data_dir")
+        self.batch_size, self.workers, self.seed = batch_size, workers, seed
+        self.data_dir, self.left_out = Path(data_dir), []
+        self._reading = {"dim": dim, "features": features, "mel_frames": mel_frames, "random_features": random_features}
+        self._reading |= {"feature_frames": feature_frames, "feature_crop": feature_crop, "seed": seed}
+        self._kinds, self._random_crop = () if random_features else tuple(kinds), random_crop
+        self._datasets: dict[str, StoredDataset] = {}
+        lines = {split: _lines(path) if (path := lists.get(split)) else [] for split in (*SPLITS, PREDICT)}
+        self.classes, labels = _labels(lines, labels_file)
+        if only_class is not None:
+            if only_class not in self.classes:
+                raise InputError(f"data.only_class={only_class} is no class of the lists." + nearest(only_class, self.classes))
+            wanted = self.classes.index(only_class)
+            lines = {split: [line for line in listed if labels[line] == wanted] for split, listed in lines.items()}
+        self.clips = self._there(lines, labels)
+        self._tell(lines)
+        for split in needs:
+            if not self.clips[split]:
+                raise InputError(self._why_none(split, lines[split], lists.get(split)))
+            self._try(split)
+
+    def _there(self, lines: Mapping[str, list[str]], labels: Mapping[str, int]) -> dict[str, list[StoredClip]]:
+        """Split -> its clips that have all files. Every folder is listed once, no file is looked for by itself."""
+
+        @functools.cache
+        def look(folder: str) -> tuple[Path, list[tuple[str, frozenset[str]]]]:
+            place = self.data_dir / folder
+            return place, [(kind, names_in(place / kind)) for kind in (MEL, *self._kinds)]
+
+        def clips(split: str) -> Iterator[StoredClip]:
+            for line in lines[split]:
+                folder, _, name = line.rpartition("/")
+                place, kinds = look(folder)
+                if all(_file(name, kind) in there for kind, there in kinds):
+                    yield StoredClip(line, split, place, name, labels.get(line, ABSENT))
+
+        return {split: list(clips(split)) for split in lines}
+
+    def _tell(self, lines: Mapping[str, list[str]]) -> None:
+        counts = {split: (len(listed) - len(self.clips[split]), len(listed)) for split, listed in lines.items()}
+        told = [f"{lacking:,} of {listed:,} {split} clips" for split, (lacking, listed) in counts.items() if lacking]
+        if told:
+            kinds = ", ".join((MEL, *self._kinds))
+            self.left_out = [f"{' and '.join(told)}, which have not all of {kinds} below {self.data_dir}"]
+            warnings.warn(f"left out: {self.left_out[0]}", stacklevel=3)
+
+    def _why_none(self, split: str, listed: list[str], path: str | None) -> str:
+        if not path:
+            return f"there is no list of {split} clips; give data.lists.{split}=FILE"
+        if not listed:
+            return f"{path} lists no {split} clip; give another by data.lists.{split}=FILE"
+        folder, _, name = listed[0].rpartition("/")
+        paths = (StoredClip(listed[0], split, self.data_dir / folder, name).path(kind) for kind in (MEL, *self._kinds))
+        lacking = next((path for path in paths if not path.is_file()), None)
+        example = f": there is no {lacking}" if lacking else ""
+        return (
+            f"none of the {len(listed):,} clips of {path} has all its files below {self.data_dir}{example}; "
+            f"check data.data_dir and encoder.kinds, or give data.lists.{split} another list"
+        )
+
+    def _try(self, split: str) -> None:
+        """Raise InputError where none of the first clips can be used: then it is the settings, and no broken file."""
+        dataset = self.dataset(split)
+        tried = [dataset.read(0, index) for index in range(min(TRIED, len(dataset)))]
+        if all(isinstance(item, str) for item in tried):
+            raise InputError(f"the {split} clips cannot be used: {tried[0]}")
+
+    def dataset(self, split: str) -> StoredDataset:
+        """The clips of a split, read from the files; those of training at random where that is asked for."""
+        if split not in self._datasets:
+            crop = self._random_crop and split == "train"
+            self._datasets[split] = StoredDataset(self.clips[split], kinds=self._kinds, random_crop=crop, **self._reading)
+        return self._datasets[split]
+
+    def items(self, split: str) -> Iterator[Batch]:
+        """Every readable clip of a split once, in order."""
+        order = [(0, index) for index in range(len(self.clips[split]))]
+        loader = DataLoader(self.dataset(split), None, sampler=order, num_workers=self.workers)
+        return (item for item in loader if item is not None)
+
+    def loader(self, split: str, rank: int = 0, world_size: int = 1, batch_size: int | None = None) -> ClipLoader:
+        """Batches of a split for process `rank` of `world_size`: train is shuffled anew every epoch."""
+        dataset = self.dataset(split)
+        order = EpochOrder(len(dataset), shuffle=split == "train", seed=self.seed, rank=rank, world_size=world_size)
+        return ClipLoader(dataset, order, min(batch_size or self.batch_size, len(order)), self.workers)
+
+
+def _lines(path: str) -> list[str]:
+    """The clips that a list names, each once."""
+    return list(dict.fromkeys(line.strip() for line in read_text(path).splitlines() if line.strip()))
+
+
+def _labels(lines: Mapping[str, list[str]], labels_file: str | None) -> tuple[list[str], dict[str, int]]:
+    """The classes in order, and the number of its class for every line that has one."""
+    if labels_file is None:
+        words = {line: line.partition("/")[0] for listed in lines.values() for line in listed if "/" in line}
+        classes = sorted(set(words.values()))
+    else:
+        table = dict(read_rows(labels_file, ("id", "start", "label", "split"), lambda row: (row[0], row[2])))
+        words = {}
+        for listed in lines.values():
+            for line in listed:
+                key = line.rpartition("/")[2][:YOUTUBE]
+                if key not in table:
+                    raise InputError(
+                        f"{labels_file} has no row for the clip {line}: no video {key}; give the corpus's own table"
+                    )
+                words[line] = table[key]
+        classes = sorted(set(table.values()))
+    numbers = {word: number for number, word in enumerate(classes)}
+    return classes, {line: numbers[word] for line, word in words.items()}
