@@ -1,15 +1,26 @@
+import hashlib
 import json
+import math
+import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
+from vaura.command import CONFIGS
 from vaura.data.manifest import Clip, read_manifest, write_manifest
 from vaura.data.world import World, build
 from vaura.evaluate import SAMPLE_RATE, Judge, find_pairs, impact_times, listen, only_material, shifted
 from vaura.launch import run
-from vaura.media.audio import read_audio
+from vaura.media.audio import read_audio, write_wav
+from vaura.media.mel import DecibelMel
 from vaura.media.mux import replace_sound
+from vaura.metric.melception import Melception
 
 
 @pytest.fixture(scope="module")
@@ -183,3 +194,177 @@ def test_listening_follows_the_span(world):
     whole = listen(clip.video)
     cut = listen(clip.video, Clip("c", clip.video, duration=1.0, start=0.5))
     assert torch.equal(cut, whole[SAMPLE_RATE // 2 : SAMPLE_RATE // 2 + SAMPLE_RATE])
+
+
+# --- other measures, other files, a classifier, several processes ---
+
+SMALL = ["columns=80", "seconds=1.0", "distribution.splits=2", "intervals.resamples=50", "intervals.slow=5"]
+DISTRIBUTED = ("fid", "kid", "mkl", "inception_score")
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """A Melception of five classes that has learnt nothing but how large its numbers are."""
+    torch.manual_seed(0)
+    network = Melception(5)
+    network.normalise_by(torch.full((80,), 0.4), torch.full((80,), 0.2))
+    for module in network.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.momentum = 1.0
+    network(torch.rand(4, 80, 80))
+    torch.nn.init.normal_(network.fc.weight, std=1e-4)
+    save_file(network.state_dict(), path := tmp_path_factory.mktemp("classifier") / "melception.safetensors")
+    return path
+
+
+def test_every_figure_has_its_interval(world, tmp_path, capsys):
+    metrics = evaluate(dub(world, tmp_path / "samples", lambda wav: 0.5 * wav.roll(640, -1)), world, "intervals.resamples=200")
+    assert metrics["envelope_lag_ms"] == pytest.approx(40, abs=3)
+    assert metrics["loudness_difference_lu"] == pytest.approx(-6.02, abs=0.3)
+    assert metrics["loudness_distance_lu"] >= -metrics["loudness_difference_lu"]
+    assert metrics["stft_convergence"] > 0
+    assert metrics["envelope_correlation"] < 0.9
+    figures = {name for name, value in metrics.items() if isinstance(value, float)} - {
+        "onset_threshold",
+        "onset_tolerance_seconds",
+    }
+    assert set(metrics["intervals"]) >= figures - {"onset_precision", "onset_recall", "onset_f1_chance"}
+    for name, (low, high) in metrics["intervals"].items():
+        assert low <= metrics[name] <= high, name
+    assert metrics["settings"]["intervals"] | {"resamples": 200, "level": 0.95} == metrics["settings"]["intervals"]
+    assert set(metrics["versions"]) >= {"vaura", "torch"}
+    assert "classifier" not in metrics
+    assert not set(DISTRIBUTED) & set(metrics)
+    assert "95 % of resampled clips" in capsys.readouterr().out
+    assert json.dumps(metrics, allow_nan=False)
+
+
+def test_a_classifier_hears_copies_as_what_they_are(world, tmp_path, weights):
+    metrics = evaluate(copied(world, tmp_path / "samples"), world, f"classifier.weights={weights}", *SMALL)
+    assert metrics["fid"] == pytest.approx(0, abs=1e-6)
+    assert metrics["mkl"] == pytest.approx(0, abs=1e-5)
+    assert metrics["kid"] <= 0
+    assert metrics["inception_score"] >= 1
+    assert set(metrics["intervals"]) >= set(DISTRIBUTED)
+    assert metrics["classifier"] == {
+        "network": "vaura.metric.melception.Melception",
+        "weights": {"file": weights.name, "sha256": hashlib.sha256(weights.read_bytes()).hexdigest()},
+    }
+    assert set(metrics["variants"]) >= set(DISTRIBUTED)
+
+
+def test_a_classifier_tells_noise_from_impacts(world, tmp_path, weights):
+    noisy = dub(world, tmp_path / "samples", lambda wav: 0.3 * torch.randn_like(wav))
+    metrics = evaluate(noisy, world, f"classifier.weights={weights}", *SMALL)
+    assert metrics["fid"] > 0
+    assert metrics["mkl"] > 0
+
+
+def test_several_processes_measure_what_one_does(world, tmp_path, weights):
+    """Seven clips, two samples of some, over three processes: nothing is dropped, nothing counts twice."""
+    samples = tmp_path / "samples"
+    samples.mkdir()
+    for place, clip in enumerate(read_manifest(world)[:7]):
+        for number in range(1 + place % 2):
+            wav = read_audio(clip.video).roll(160 * (number + place), -1)
+            write_wav(samples / f"{clip.id}_sample_{number}.wav", wav, 16_000)
+    (samples / "test_000003_sample_7.wav").write_text("no sound")
+    given = [f"classifier.weights={weights}", *SMALL, "distribution.splits=2"]
+    alone = evaluate(samples, world, *given)
+    assert (alone["clips"], alone["originals"], len(alone["left_out"])) == (10, 7, 1)
+    out = tmp_path / "three.json"
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3"]
+    command = [
+        str(CONFIGS.parent / "main.py"),
+        "config=evaluate",
+        f"samples={samples}",
+        f"originals={world}",
+        f"out={out}",
+        *given,
+    ]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*launch, *command], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("metrics: ") == 1
+    shared = json.loads(out.read_text())
+    for metrics in (alone, shared):
+        metrics.pop("left_out")
+    figures = {name for name, value in alone.items() if isinstance(value, float)}
+    assert {name: shared[name] for name in figures} == pytest.approx({name: alone[name] for name in figures}, rel=1e-4)
+    assert {name: value for name, value in shared.items() if name not in figures | {"intervals"}} == {
+        name: value for name, value in alone.items() if name not in figures | {"intervals"}
+    }
+
+
+def test_sounds_beside_sounds(world, tmp_path):
+    for folder in ("samples", "originals"):
+        for clip in read_manifest(world):
+            (path := tmp_path / folder / f"{clip.id}.wav").parent.mkdir(exist_ok=True)
+            write_wav(path, read_audio(clip.video), 16_000)
+    metrics = evaluate(tmp_path / "samples", tmp_path / "originals")
+    assert (metrics["clips"], metrics["onset_f1"], metrics["stft_convergence"]) == (8, 1.0, 0.0)
+
+
+def mels(world, tmp_path):
+    """SpecVQGAN's folders: originals of ten seconds by class, samples of their middle by the number of the class."""
+    scale = DecibelMel()
+    classes = ["glass", "metal"]
+    for place, clip in enumerate(read_manifest(world)[:4]):
+        wav = torch.nn.functional.pad(read_audio(clip.video, sample_rate=22_050), (0, 220_500))[:, :220_500]
+        mel = scale(wav[0])[:, :860].numpy()
+        original = tmp_path / "features" / classes[place % 2] / "melspec_10s_22050hz" / f"video_{place // 2:05d}_mel.npy"
+        sample = tmp_path / "samples" / f"cls_{place % 2}" / f"video_{place // 2:05d}_mel_sample_0.npy"
+        for path, array in ((original, mel), (sample, mel[:, 6:854] + 1e-3)):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            np.save(path, array)
+        np.save(original.with_name(f"video_{place // 2:05d}_audio.npy"), wav[0].numpy())
+    return tmp_path / "samples", tmp_path / "features", f"classes=[{','.join(classes)}]"
+
+
+def test_mels_by_class_lie_over_the_middle_of_their_originals(world, tmp_path, weights):
+    samples, originals, classes = mels(world, tmp_path)
+    metrics = evaluate(samples, originals, classes, f"classifier.weights={weights}", *SMALL)
+    assert metrics["clips"] == metrics["originals"] == 4
+    assert metrics["mel_distance_db"] == pytest.approx(0.1, rel=1e-2)
+    assert metrics["envelope_lag_ms"] == pytest.approx(0, abs=1e-3)
+    assert metrics["envelope_correlation"] == pytest.approx(1, abs=1e-4)
+    assert metrics["mkl"] == pytest.approx(0, abs=1e-2)
+    assert "onset_f1" not in metrics
+    assert run(["config=evaluate", f"samples={samples}", f"originals={originals}"]) == 2
+
+
+def test_mels_beside_the_videos_they_were_made_for(world, tmp_path):
+    """The middle 848 of 860 columns, where the clip is as long; here the middle of what there is."""
+    scale, samples = DecibelMel(), tmp_path / "samples"
+    samples.mkdir()
+    for clip in read_manifest(world):
+        mel = scale(read_audio(clip.video, sample_rate=22_050)[0])[:, :-1]
+        np.save(samples / f"{clip.id}_mel_sample_0.npy", mel[:, 6:-6].numpy())
+    metrics = evaluate(samples, world)
+    assert metrics["clips"] == 8
+    assert metrics["mel_distance_db"] == pytest.approx(0, abs=1e-4)
+    np.save(samples / "test_000000_sample_1.npy", np.zeros((40, 100), np.float32))
+    np.save(samples / "test_000001_sample_1.npy", np.full((80, 100), 7.0, np.float32))
+    left_out = evaluate(samples, world)["left_out"]
+    assert len(left_out) == 2
+    assert "no mel of 80 bands" in left_out[0]
+    assert "lie in [0, 1]" in left_out[1]
+
+
+def test_silent_samples_leave_what_is_not_defined_open(world, tmp_path):
+    metrics = evaluate(dub(world, tmp_path / "samples", torch.zeros_like), world)
+    assert metrics["envelope_correlation"] is metrics["loudness_difference_lu"] is None
+    assert metrics["silence_share"] == 1
+    assert not {"envelope_correlation", "loudness_difference_lu"} & set(metrics["intervals"])
+    assert not any(math.isnan(bound) for pair in metrics["intervals"].values() for bound in pair)
+
+
+def test_weights_of_another_network_are_refused(world, tmp_path, weights, capsys):
+    samples = copied(world, tmp_path / "samples")
+    save_file({"fc.weight": torch.zeros(5, 2048)}, tmp_path / "other.safetensors")
+    assert (
+        run(["config=evaluate", f"samples={samples}", f"originals={world}", f"classifier.weights={tmp_path}/other.safetensors"])
+        == 2
+    )
+    assert "Melception weights" in capsys.readouterr().err
+    assert not Path(samples / "metrics.json").exists()

@@ -22,7 +22,7 @@ from vaura.errors import InputError, nearest
 
 BUILTIN = (dict, list, tuple, set, int, float, bool, str)  # OmegaConf pickles the types of its values
 
-# OmegaConf's containers, and the optimizer that V-AURA's scheduler leaves in its hyper-parameters.
+# OmegaConf's containers, the optimizer that V-AURA's scheduler leaves in its hyper-parameters, and numbers of NumPy.
 FOREIGN = (
     "omegaconf.dictconfig.DictConfig",
     "omegaconf.listconfig.ListConfig",
@@ -36,6 +36,9 @@ FOREIGN = (
     "torch.optim.adamw.AdamW",
     "torch.optim.adam.Adam",
     "typing.Any",
+    "numpy.dtype",  # of figures that stand beside the weights of SpecVQGAN's classifiers
+    "numpy.core.multiarray.scalar",
+    "numpy._core.multiarray.scalar",
     "pathlib.PosixPath",
     "pathlib._local.PosixPath",  # its name in Python 3.13
 )
@@ -160,21 +163,22 @@ def plain(value: Any) -> Any:
 
 
 def tensors_in(path: str | Path, prefixes: Sequence[str] = ("",)) -> dict[str, Tensor]:
-    """The tensors of a checkpoint file: its `state_dict`, or the file itself where it holds nothing else.
+    """The tensors of a checkpoint file: its `state_dict` or `model`, or the file itself where it holds nothing else.
 
     The first of `prefixes` with which some key begins chooses the keys, and is cut off. Raises InputError where none does.
     """
     content = read_checkpoint(path)
-    state = content.get("state_dict", content)
+    inside = content.get("model")
+    state = content.get("state_dict", inside if isinstance(inside, Mapping) else content)
     if not isinstance(state, Mapping):
         raise InputError(f"{path} is no checkpoint of a model: it holds no state_dict")
     state = {str(key): value for key, value in state.items() if isinstance(value, Tensor)}
     for prefix in prefixes:
         if found := {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}:
             return found
-    named = " or ".join(f"'{prefix}*'" for prefix in prefixes if prefix)
+    called = " or ".join(f"'{prefix}*'" for prefix in prefixes if prefix)
     held = ", ".join(sorted({key.split(".")[0] for key in state})[:5]) or "no tensor"
-    raise InputError(f"{path} holds no weights{named and f' called {named}'}; it holds {held}")
+    raise InputError(f"{path} holds no weights{called and f' called {called}'}; it holds {held}")
 
 
 def load_exactly(module: nn.Module, state: Mapping[str, Tensor], where: str) -> None:
