@@ -23,7 +23,7 @@ FLOORS = {
     3: ("task", "published"),
     4: ("experiment",),
     5: ("train", "generate", "evaluate", "prepare", "serve", "report"),
-    6: ("quickstart",),
+    6: ("quickstart", "train_part", "codec"),
 }
 FLOOR_OF = {room: floor for floor, rooms in FLOORS.items() for room in rooms}
 DRAWERS = {"utils", "util", "misc", "common", "helpers", "helper", "manager", "managers", "base", "factory", "factories"}

@@ -28,8 +28,10 @@ from vaura.refusals import REFUSED, hydra_sentence, omegaconf_sentence, unknown_
 VERBS = {
     "train": "vaura.train:train",
     "test": "vaura.train:test",
+    "train_part": "vaura.train_part:train_part",
     "generate": "vaura.generate:generate",
     "evaluate": "vaura.evaluate:evaluate",
+    "codec": "vaura.codec:codec",
     "quickstart": "vaura.quickstart:quickstart",
 }
 
@@ -54,6 +56,20 @@ class TrainRun:
     logging: Any = MISSING  # what is written down while training
     resume: str | None = None  # a checkpoint to go on from, or to test
     test_at_end: bool = False  # measure the best checkpoint on the split test
+
+
+@dataclass
+class TrainPartRun:
+    action: str = "train_part"
+    name: str = MISSING  # the experiment's name: its folder is LOG_DIR/NAME/TIME
+    log_dir: str = "logs"  # where the folders of experiments are
+    seed: int = 0  # of everything random
+    data: Any = MISSING  # clips, mels, batches
+    tokenizer: Any = None  # the codec that learns, where it is one
+    task: Any = MISSING  # what is trained, and how
+    trainer: Any = MISSING  # Lightning's Trainer
+    logging: Any = MISSING  # what is written down while training
+    resume: str | None = None  # a checkpoint to go on from
 
 
 @dataclass
@@ -113,22 +129,55 @@ class EvaluateRun:
     threshold: float = 0.15  # of an onset, share of 20 dB
     tolerance: float = 0.05  # seconds between an onset and its truth
     start: float = 0.0  # seconds into the originals at which the samples begin
+    classes: list[str] | None = None  # of samples in folders cls_0, cls_1, ...: what these stand for
+    classifier: Any = None  # hears what FID, KID, MKL and IS are computed from, where it has weights
+    mel: Any = MISSING  # the mels that it hears
+    seconds: float = 10.0  # of sound that it hears
+    columns: int = 848  # of their mel, the middle
+    short: str = "loop"  # how shorter sound is made longer: loop or pad
+    batch_size: int = 8  # mels it hears at once
+    device: str = "auto"  # auto, cpu, cuda, cuda:1
+    distribution: Any = MISSING  # of the published figures: subsets, splits
+    intervals: Any = MISSING  # how the intervals are found
+
+
+@dataclass
+class CodecRun:
+    action: str = "codec"
+    name: str = "codec"  # the run's folder is LOG_DIR/NAME/TIME
+    log_dir: str = "logs"
+    tokenizer: Any = MISSING  # signal <-> codes
+    audio: str = MISSING  # a sound or a video, a folder of them, a pattern, or codes to make sound of
+    compare: str | None = None  # a folder with other files of the same sounds
+    out: str | None = None  # the folder to write to; none takes LOG_DIR/NAME/TIME
+    sample_rate: int = 16_000  # hertz at which sounds are compared
+    page_seconds: float = 30.0  # of each sound on the page
+    device: str = "auto"  # auto, cpu, cuda, cuda:1
 
 
 SCHEMAS: dict[str, type] = {
     "train": TrainRun,
+    "train_part": TrainPartRun,
     "quickstart": QuickstartRun,
     "generate": GenerateRun,
     "evaluate": EvaluateRun,
+    "codec": CodecRun,
 }
 ACTIONS: dict[type, tuple[str, ...]] = {
     TrainRun: ("train", "test"),
+    TrainPartRun: ("train_part",),
     QuickstartRun: ("quickstart", "train", "test"),
     GenerateRun: ("generate",),
     EvaluateRun: ("evaluate",),
+    CodecRun: ("codec",),
 }
 for _name, _schema in SCHEMAS.items():
     ConfigStore.instance().store(group="schema", name=_name, node=_schema, package="_global_", provider="vaura")
+
+
+# two words of arithmetic for values that follow from others: ${sum:265,${conditioner.features}}
+OmegaConf.register_new_resolver("sum", lambda *numbers: sum(numbers), replace=True)
+OmegaConf.register_new_resolver("max", lambda *numbers: max(numbers), replace=True)
 
 
 # --- composed, saved, read again ---
@@ -159,7 +208,8 @@ def save_config(cfg: DictConfig, path: str | Path) -> None:
     What the verb's own YAML says to Hydra, as where the run writes, is said again.
     """
     schema = next(name for name, kind in SCHEMAS.items() if OmegaConf.get_type(cfg) is kind)
-    verb = OmegaConf.load(CONFIGS / f"{schema}.yaml")
+    path_of_verb = CONFIGS / f"{schema}.yaml"
+    verb = OmegaConf.load(path_of_verb) if path_of_verb.is_file() else OmegaConf.create()
     assert isinstance(verb, DictConfig)
     header = OmegaConf.merge({"defaults": [{"schema": schema}, "house", "_self_"]}, OmegaConf.masked_copy(verb, "hydra"))
     with write_aside(path) as aside:
