@@ -22,6 +22,7 @@ from vaura.components import check_components, instantiate
 from vaura.config import load_config, merge, save_config
 from vaura.errors import InputError, nearest
 from vaura.files import make_folder
+from vaura.published import specvqgan
 from vaura.published.vaura import find_experiment, is_published, is_theirs, read_published, rename
 from vaura.task.token_prediction import TokenPrediction
 
@@ -72,7 +73,7 @@ def load(
 ) -> tuple[TokenPrediction, DictConfig]:
     """The trained task of an experiment, in evaluation mode, and its configuration.
 
-    An experiment is one of the house, one that V-AURA published, or the name of such a one, which is fetched. Takes the best
+    An experiment is one of the house, one that V-AURA or SpecVQGAN published, or the name of one of V-AURA's, which is fetched. Takes the best
     checkpoint by validation loss unless one is named; `overrides` are merged over the configuration. Raises InputError where
     the folder is no experiment, or the checkpoint is broken or of another model.
     """
@@ -80,8 +81,9 @@ def load(
     path = folder / CONFIG
     if checkpoint is not None and Path(checkpoint).is_dir():  # V-AURA's configs name the folder of checkpoints
         checkpoint = None if Path(checkpoint).resolve() == (folder / CHECKPOINTS).resolve() else checkpoint
-    if is_published(folder):
-        reading = read_published(folder, Path(checkpoint) if checkpoint else None)
+    if specvqgan.is_published(folder) or is_published(folder):
+        read = specvqgan.read_published if specvqgan.is_published(folder) else read_published
+        reading = read(folder, Path(checkpoint) if checkpoint else None)
         config, state, checkpoint = reading.config, reading.state, reading.checkpoint
         overrides = _without_nulls(overrides)  # as V-AURA's configs give for weights that the checkpoint holds
     else:

@@ -25,7 +25,9 @@ from vaura.checkpoint import CHECKPOINTS, best_checkpoint
 from vaura.components import check_components, instantiate
 from vaura.data.manifest import PREDICT
 from vaura.data.module import VideoData
+from vaura.data.stored import StoredData
 from vaura.encoder.cache import fingerprint
+from vaura.encoder.stored import StoredFeatures
 from vaura.errors import InputError
 from vaura.files import write_aside
 from vaura.progress import track
@@ -107,7 +109,9 @@ def test(config: DictConfig) -> dict[str, float]:
     return measure(config, task, data, folder, Path(config.resume))
 
 
-def measure(config: DictConfig, task: TokenPrediction, data: VideoData, folder: Path, checkpoint: Path) -> dict[str, float]:
+def measure(
+    config: DictConfig, task: TokenPrediction, data: VideoData | StoredData, folder: Path, checkpoint: Path
+) -> dict[str, float]:
     """The losses of `checkpoint` on the test clips, in nats, printed and written to `folder`/test.json."""
     content = experiment.read_weights(checkpoint)
     experiment.check_model(content, task, checkpoint)
@@ -142,9 +146,15 @@ def build_trainer(trainer: DictConfig, **supplied: Any) -> Trainer:
         raise InputError(f"the trainer's settings will not do: {reason}") from error
 
 
-def load_data(config: DictConfig, task: TokenPrediction, needs: Sequence[str] = ("train",)) -> VideoData:
+def load_data(config: DictConfig, task: TokenPrediction, needs: Sequence[str] = ("train",)) -> VideoData | StoredData:
     """The run's data, read as its encoder and its tokenizer want it. Raises InputError where a split of `needs` is empty."""
     encoder, tokenizer = task.encoder, task.tokenizer
+    if isinstance(encoder, StoredFeatures):
+        if not str(config.data._target_).endswith("StoredData"):
+            raise InputError(f"encoder.kinds are read from a corpus of arrays, and data is none; set encoder={encoder.instead}")
+        return instantiate(config.data, kinds=encoder.kinds, dim=encoder.dim, needs=needs)
+    if str(config.data._target_).endswith("StoredData"):
+        raise InputError("data holds features in place of videos; set encoder=stored_bn_inception or encoder=stored_resnet50")
     if (frames := count(config.data.duration, encoder.fps)) % encoder.segment:
         whole = max(frames // encoder.segment, 1) * encoder.segment / encoder.fps
         raise InputError(
@@ -162,16 +172,18 @@ def load_data(config: DictConfig, task: TokenPrediction, needs: Sequence[str] = 
     )
 
 
-def prepare(config: DictConfig, task: TokenPrediction, data: VideoData, folder: Path) -> None:
+def prepare(config: DictConfig, task: TokenPrediction, data: VideoData | StoredData, folder: Path) -> None:
     """Fit the tokenizer and teach the encoder, each only where it is not ready, and keep them in the experiment.
 
     With data.cache the token LM then learns from codes and features that are kept there.
     """
     if not getattr(task.tokenizer, "fitted", True):
+        if hasattr(task.tokenizer, "signal"):  # one that learns in a run of its own says so
+            cast(Any, task.tokenizer).fit()
         fit_tokenizer(task, data, folder / experiment.TOKENIZER, config.seed)
     if not getattr(task.encoder, "learnt", True):
         teach_encoder(config, task, data, folder)
-    if data.cache is not None:
+    if isinstance(data, VideoData) and data.cache is not None:
         keep_tokens(task, data, data.cache)
 
 
@@ -223,7 +235,7 @@ def fit_tokenizer(task: TokenPrediction, data: VideoData, path: Path, seed: int)
         tokenizer.load(path)
 
 
-def teach_encoder(config: DictConfig, task: TokenPrediction, data: VideoData, folder: Path) -> None:
+def teach_encoder(config: DictConfig, task: TokenPrediction, data: VideoData | StoredData, folder: Path) -> None:
     """Learn the visual tower by contrast with the sound of the training clips."""
     encoder = cast(Any, task.encoder)  # one with `learnt` is a module that can save itself
     torch.manual_seed(seed_of(config.seed, "contrast"))  # whatever was drawn before, in this run or an earlier part of it
@@ -239,12 +251,14 @@ def teach_encoder(config: DictConfig, task: TokenPrediction, data: VideoData, fo
         encoder.save(folder / experiment.ENCODER)
 
 
-def learn(config: DictConfig, task: TokenPrediction, data: VideoData, folder: Path) -> None:
+def learn(config: DictConfig, task: TokenPrediction, data: VideoData | StoredData, folder: Path) -> None:
     """Train the token LM with checkpoints by validation loss, early stopping and sound to listen to."""
     settings = config.logging
     clock = FetchClock() if config.trainer.get("profiler") is None else None
     pace = Throughput(settings.get("peak_flops"), clock)
-    watchers: list[Callback] = [MakeTokens(data), LearningRateMonitor("step"), CodebookChart()]
+    watchers: list[Callback] = [LearningRateMonitor("step"), CodebookChart()]
+    if isinstance(data, VideoData):
+        watchers.insert(0, MakeTokens(data))
     if data.clips["val"]:
         watchers += [
             ModelCheckpoint(
@@ -273,7 +287,7 @@ def learn(config: DictConfig, task: TokenPrediction, data: VideoData, folder: Pa
 
 def fit(
     module: LightningModule,
-    data: VideoData,
+    data: VideoData | StoredData,
     trainer: DictConfig,
     folder: Path,
     seed: int,

@@ -17,7 +17,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
-from vaura.checkpoint import CHECKPOINTS, plain
+from vaura.checkpoint import CHECKPOINTS, best_checkpoint, plain, read_checkpoint
 from vaura.command import CONFIGS
 from vaura.config import compose
 from vaura.errors import InputError
@@ -102,8 +102,13 @@ def read_settings(folder: Path) -> dict[str, Any]:
     return found
 
 
-def translate(folder: Path, content: Mapping[str, Any], checkpoint: Path) -> Reading:
-    """What became of a published transformer. Raises InputError where settings or tensors are missing or of another model."""
+def read_published(folder: Path, checkpoint: Path | None = None) -> Reading:
+    """Read a run of SpecVQGAN's own, from its best checkpoint unless one is named.
+
+    Raises InputError where settings or tensors are missing or of another model.
+    """
+    checkpoint = checkpoint or best_checkpoint(folder)
+    content = read_checkpoint(checkpoint)
     tensors = content.get("state_dict")
     if not isinstance(tensors, Mapping) or not is_theirs(tensors):
         raise InputError(f"{checkpoint} holds no transformer of SpecVQGAN; a codebook is given by tokenizer.weights")
@@ -125,10 +130,11 @@ def translate_settings(settings: Mapping[str, Any], state: Mapping[str, Tensor],
     classes = state.get("conditioner.class_embed.weight")
     block = int(wanted(gpt, "block_size"))
     features = 0 if embed is None else block - rows * columns - (classes is not None)
+    sides = [int(network.get("resolution", 848)) >> level for level in range(len(wanted(network, "ch_mult")))]
+    attention = [level for level, side in enumerate(sides) if side in wanted(network, "attn_resolutions")]
     config = compose(RECIPES / f"{corpus}_transformer.yaml")
     names = {"num_layers": "n_layer", "dim": "n_embd", "num_heads": "n_head"}
     changes: dict[str, Any] = {
-        "features": max(features, 1),
         "name": "imported",
         "lm": {ours: int(wanted(gpt, theirs)) for ours, theirs in names.items()} | {"max_positions": block},
         "conditioner": {
@@ -143,6 +149,7 @@ def translate_settings(settings: Mapping[str, Any], state: Mapping[str, Tensor],
             "width": int(wanted(network, "ch")),
             "multipliers": [int(number) for number in wanted(network, "ch_mult")],
             "blocks": int(wanted(network, "num_res_blocks")),
+            "attention": attention,
             "latent_dim": int(wanted(network, "z_channels")),
             "window": columns,
             "weights": str(checkpoint),
@@ -152,7 +159,9 @@ def translate_settings(settings: Mapping[str, Any], state: Mapping[str, Tensor],
         gates = {1: "linear", 3: "gru", 4: "lstm"}
         changes["conditioner"]["embed"] = gates[len(embed) // changes["lm"]["dim"]]
         changes["encoder"] = {"dim": embed.shape[1]}
-    if "random" in str(settings.get("data")) and _says(settings.get("data"), "replace_feats_with_random"):
+    if "resnet50" in str(settings.get("data")):
+        changes["encoder"] = {"kinds": ["feature_resnet50_dim2048_21.5fps"], "instead": "resnet50", "dim": 2048}
+    if _says(settings.get("data"), "replace_feats_with_random"):
         changes["data"] = {"random_features": True}
     merged = OmegaConf.merge(config, changes)
     assert isinstance(merged, DictConfig)

@@ -10,6 +10,7 @@ import signal
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -270,17 +271,22 @@ class Preview(Callback):
             self.batch = collate([dataset[0, index] for dataset, index in self.followed])
             if self.batch is None:
                 return
-            on_device = {key: self.batch[key].to(module.device) for key in ("video", "audio")}
+            on_device = {key: part.to(module.device) for key, part in self.batch.items() if isinstance(part, Tensor)}
             codes, self.features = module.tokenise({**self.batch, **on_device})
+            self.label = on_device.get("label")
+            if "audio" not in self.batch:  # mels are heard through the vocoder
+                self.batch["audio"] = module.tokenizer.decode(codes).cpu()
+            self.duration = Fraction(self.batch["audio"].shape[-1], module.tokenizer.sample_rate)
             self._log(trainer, module, "true", codes, self.batch["audio"], self.batch["id"])
         codes = module.sample(
             self.features,
-            self.dataset.duration,
+            float(self.duration),
+            label=self.label,
             seeds=[seed_of("preview", clip) for clip in self.batch["id"]],
             sampler=self.sampler,
             guidance=self.guidance,
-            window=self.dataset.duration,
-            stride=self.dataset.duration,
+            window=float(self.duration),
+            stride=float(self.duration),
         )
         wav = module.tokenizer.decode(codes)[..., : self.batch["audio"].shape[-1]]
         self._log(trainer, module, "generated", codes, wav, self.batch["id"])
@@ -291,8 +297,8 @@ class Preview(Callback):
         board = trainer.logger.experiment  # type: ignore[attr-defined]
         step = trainer.global_step
         for clip, sound in zip(ids, wav.float().cpu().mean(1), strict=True):
-            board.add_audio(f"{clip}/{kind}", sound.clamp(-1, 1), step, self.dataset.sample_rate)
-            board.add_image(f"{clip}/{kind}", spectrogram(sound, self.dataset.sample_rate), step)
+            board.add_audio(f"{clip}/{kind}", sound.clamp(-1, 1), step, module.tokenizer.sample_rate)
+            board.add_image(f"{clip}/{kind}", spectrogram(sound, module.tokenizer.sample_rate), step)
         if self.histograms:
             size = module.tokenizer.codebook_size
             edges = torch.linspace(0, size, min(size, BINS) + 1).numpy()

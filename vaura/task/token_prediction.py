@@ -23,9 +23,18 @@ from vaura.precision import can_compile
 from vaura.protocols import ABSENT, Condition, Conditioner, Encoder, Tokenizer
 from vaura.task.optimizer import Optimizer
 from vaura.task.sharding import gather, part_again, shard
-from vaura.timing import PUBLISHED_FPS, PUBLISHED_SEGMENT, Window, count, floor, published_windows, windows
+from vaura.timing import (
+    PUBLISHED_FPS,
+    PUBLISHED_SEGMENT,
+    Window,
+    centred_windows,
+    count,
+    floor,
+    published_windows,
+    windows,
+)
 
-LOOPS = ("windows", "rolling", "published")
+LOOPS = ("windows", "rolling", "centred", "published")
 """Ways to go on beyond a window, see `TokenPrediction.codes`."""
 
 FROZEN = ("tokenizer.", "encoder.")
@@ -79,12 +88,18 @@ class TokenPrediction(LightningModule):
         self.lm.checkpoint_every = int(checkpoint_activations)
         if embed_like_codec and (codebooks := getattr(tokenizer, "codebooks", None)):
             self.lm.embed_like(codebooks())
-        self.conditioner = conditioner(
-            dim=encoder.dim,
-            channels=self.lm.channels,
-            feature_rate=encoder.frame_rate,
-            frame_rate=tokenizer.frame_rate,
-        )
+        rates = {"feature_rate": encoder.frame_rate, "frame_rate": tokenizer.frame_rate}
+        width = {"channels": self.lm.channels} if self.lm.channels else {"width": self.lm.dim}
+        try:
+            self.conditioner = conditioner(dim=encoder.dim, **width, **rates)
+        except TypeError as error:
+            way = "a prefix: set lm.channels=0" if self.lm.channels else "channels: set lm.channels above 0"
+            raise InputError(f"this conditioner gives {way}, or choose another conditioner") from error
+        if (tokenizer_shares := getattr(tokenizer, "shared_codebook", False)) != self.lm.shared_codebook:
+            raise InputError(
+                f"the codes of this tokenizer are {'' if tokenizer_shares else 'not '}of one codebook that all "
+                f"{tokenizer.num_codebooks} share; set lm.shared_codebook={str(tokenizer_shares).lower()}"
+            )
         for part in (tokenizer, encoder):
             if isinstance(part, nn.Module):
                 part.requires_grad_(False).eval()
@@ -99,18 +114,26 @@ class TokenPrediction(LightningModule):
 
     @torch.no_grad()
     def tokenise(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Codes (B, K, T) and features (B, M, E) of a batch, made from its media unless it brings them."""
-        if "codes" in batch:
-            return batch["codes"], batch["features"]
+        """Codes (B, K, T) and features (B, M, E) of a batch, made from its media or its mels unless it brings them."""
         with torch.autocast(self.device.type, enabled=False):  # half precision would change the codes
-            return self.tokenizer.encode(batch["audio"]), self.encoder(batch["video"])
+            if "codes" in batch:
+                codes = batch["codes"]
+            elif "mel" in batch:
+                codes = self.tokenizer.encode_mel(batch["mel"])  # type: ignore[attr-defined]
+            else:
+                codes = self.tokenizer.encode(batch["audio"])
+            return codes, batch["features"] if "features" in batch else self.encoder(batch["video"])
 
     def losses(self, batch: Batch, given: Callable[[Tensor], Tensor], drop: Tensor | None) -> Tensor:
         """Cross-entropy of each codebook (K,), in nats; `given` says what of the codes the LM may read."""
         codes, features = self.tokenise(batch)
         self.learnt_from = (codes.shape[0], codes.shape[2])  # clips and token frames of the last batch
-        condition = self.conditioner(features, codes.shape[2], drop)
+        condition = self.conditioner(features, codes.shape[2], drop, **self._named(batch.get("label")))
         return self.lm.loss(codes, condition, given(codes))
+
+    def _named(self, label: Tensor | None) -> dict[str, Tensor]:
+        """What the conditioner is told besides: the class of each clip, where it has such."""
+        return {"label": label} if label is not None and getattr(self.conditioner, "classes", 0) else {}
 
     def training_step(self, batch: Batch | None, index: int) -> Tensor:
         if batch is None:  # nothing could be read; other processes of a distributed run still wait for gradients
@@ -201,6 +224,7 @@ class TokenPrediction(LightningModule):
         window: float,
         stride: float,
         prompt: Tensor | None = None,
+        label: Tensor | None = None,
         loop: str = "windows",
         progress: Progress | None = None,
         engine: Engine | None = None,
@@ -211,16 +235,21 @@ class TokenPrediction(LightningModule):
             features: (B, M, E), or of each clip its own (1, M, E), which are looked at when a window begins.
             duration: seconds of all clips, or of each. A clip's codes are those it has alone.
             window, stride: seconds generated at once, and between the beginnings of two windows.
-            prompt: wav (B, A, N') that the sound begins with; what does not fill a token frame is left out.
-            loop: "windows" (each prompted by the one before), "rolling" (one stream through a cache that forgets) or
-                "published" (V-AURA's own windows, with its token rate of 86 Hz; they drift; clips of one length).
+            prompt: wav (B, A, N') that the sound begins with, or its codes (B, K, P); what does not fill a token frame is left
+                out.
+            label: the class of each clip (B,) int64, for models that want to be told.
+            loop: "windows" (each prompted by the one before), "rolling" (one stream through a cache that forgets), "centred"
+                (SpecVQGAN's own windows, which move on by a frame and all see the condition of the first) or "published"
+                (V-AURA's own windows, with its token rate of 86 Hz; they drift; clips of one length).
             engine: what runs the LM; None: the LM as it is.
         """
         rate, guidance = self.tokenizer.frame_rate, Guidance.of(guidance)
         looked = list(features.split(1)) if isinstance(features, Tensor) else list(features)
         seconds = list(duration) if isinstance(duration, Sequence) else [float(duration)] * len(looked)
         given = None
-        if prompt is not None:
+        if prompt is not None and not prompt.is_floating_point():
+            given = prompt
+        elif prompt is not None:
             whole = floor(prompt.shape[2] / self.tokenizer.sample_rate, rate)
             given = self.tokenizer.encode(prompt.to(self.device))[:, :, :whole]
         lm: Engine | TokenLM = self.lm if engine is None else engine
@@ -239,6 +268,13 @@ class TokenPrediction(LightningModule):
             return stream_windows(lm, segmented, spans, prompt=given, **how), [spans[-1].stop] * len(looked), seconds
         lengths = [self.tokenizer.num_frames(each) for each in seconds]
         spans = windows(max(lengths), rate, window, stride)
+        if loop == "centred":
+            if len(set(lengths)) > 1:
+                raise InputError("loop=centred draws clips of one length together; set batch_size=1, or loop=windows")
+            spans = centred_windows(lengths[0], self.tokenizer.num_frames(window))
+            shown = self._together(looked, [spans[0]] * len(looked), 0, guidance, label)
+            shown = replace(shown, start=0)
+            return stream_windows(lm, lambda _: shown, spans, prompt=given, **how), lengths, seconds
         follow = stream_rolling if loop == "rolling" else stream_windows
 
         last = [next(span for span in spans if span.stop >= length) for length in lengths]  # which a clip has alone
@@ -246,45 +282,64 @@ class TokenPrediction(LightningModule):
         def seen(span: Window) -> Condition:
             own = [min(span, ends, key=attrgetter("start")) for ends in last]
             own = [Window(each.start, min(each.stop, length), 0) for each, length in zip(own, lengths, strict=True)]
-            condition = self._together(looked, own, span.start, guidance)
+            condition = self._together(looked, own, span.start, guidance, label)
             return condition if loop == "rolling" else replace(condition, start=0)  # a window is counted from its beginning
 
         return follow(lm, seen, spans, prompt=given, lengths=lengths, **how), lengths, seconds
 
     def _together(
-        self, features: Sequence[Tensor | LazyFeatures], spans: Sequence[Window], start: int, guidance: Guidance
+        self,
+        features: Sequence[Tensor | LazyFeatures],
+        spans: Sequence[Window],
+        start: int,
+        guidance: Guidance,
+        label: Tensor | None = None,
     ) -> Condition:
         """The conditions that clips would each have alone in windows of their own, from token frame `start` on.
 
         They lie one below the other; with guidance their nulls follow.
         """
-        known: dict[tuple[int, Window], Tensor] = {}
-        for own, span in zip(features, spans, strict=True):
-            if (id(own), span) not in known:
-                channel = self.condition(own, span, guidance).channel
-                assert channel is not None
-                known[id(own), span] = channel[:, start - span.start :]
-        channels = [known[id(own), span] for own, span in zip(features, spans, strict=True)]
+        labels: list[Tensor | None] = [None] * len(features) if label is None else list(label.to(self.device).split(1))
+        asked = [
+            (id(own), span, None if one is None else int(one)) for own, span, one in zip(features, spans, labels, strict=True)
+        ]
+        known: dict[tuple[int, Window, int | None], Condition] = {}
+        for key, own, span, one in zip(asked, features, spans, labels, strict=True):
+            if key not in known:
+                known[key] = self.condition(own, span, guidance, one)
+        if known[asked[0]].prefix is not None:
+            return Condition(start=start, prefix=torch.stack([known[key].prefix for key in asked], 1).flatten(0, 1))
+        channels = []
+        for key, span in zip(asked, spans, strict=True):
+            channel = known[key].channel
+            assert channel is not None
+            channels.append(channel[:, start - span.start :])
         ends = [channel.shape[1] for channel in channels]
         rows = torch.stack([F.pad(channel, (0, 0, 0, max(ends) - end)) for channel, end in zip(channels, ends, strict=True)], 1)
         differing = None if min(ends) == max(ends) else torch.tensor(ends, device=rows.device).repeat(len(rows))
         return Condition(rows.flatten(0, 1), start, differing)
 
-    def condition(self, features: Tensor | LazyFeatures, span: Window | None, guidance: Guidance) -> Condition:
+    def condition(
+        self, features: Tensor | LazyFeatures, span: Window | None, guidance: Guidance, label: Tensor | None = None
+    ) -> Condition:
         """The condition of a window (None: of as many frames as the features last), with guidance followed by its null."""
         if span is None:
             repeat = self.conditioner.repeat  # type: ignore[attr-defined]
             span = Window(0, features.shape[1] * repeat, 0)
         frames = span.stop - span.start
         # the conditioner takes of the features what it looks at, be they all there or not
-        given = self.conditioner(features, frames, None, span.start)  # type: ignore[arg-type]
+        named = self._named(label)
+        given = self.conditioner(features, frames, None, span.start, **named)  # type: ignore[arg-type]
         if not guidance.on:
             return given
         drop = torch.ones(len(features), dtype=torch.bool, device=features.device)
-        null = self.conditioner(features, frames, drop, span.start)  # type: ignore[arg-type]
-        assert given.channel is not None
-        assert null.channel is not None
-        return replace(given, channel=torch.cat([given.channel, null.channel]))
+        null = self.conditioner(features, frames, drop, span.start, **named)  # type: ignore[arg-type]
+        both = {
+            way: torch.cat([getattr(given, way), getattr(null, way)])
+            for way in ("channel", "prefix")
+            if getattr(given, way) is not None
+        }
+        return replace(given, **both)
 
     def _segments(self, features: Tensor, wanted: range) -> Tensor:
         """The features of some segments, counted round and round as the published windows do.

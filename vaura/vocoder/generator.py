@@ -1,0 +1,155 @@
+"""What the vocoders that learn have in common: chains of convolutions from mels to sound, their weights, and their file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils import parametrizations
+from torch.nn.utils.parametrize import is_parametrized
+
+from vaura.checkpoint import load_exactly, tensors_in
+from vaura.errors import InputError
+from vaura.files import write_aside
+from vaura.media.pieces import Reach, join, stream
+from vaura.timing import cover
+
+FRAMES_AT_ONCE = 4096  # of a batch, where nothing learns: the widest layer of a published generator then takes 134 MB
+
+
+class Generator(nn.Module):
+    """Mel (B, n_mels, M) in [0, 1] as `DecibelMel` writes it -> wav (B, 1, M * hop_length) in [-1, 1].
+
+    Where no gradient is asked for, mels longer than `piece` seconds are worked on in pieces and sound as they would whole.
+
+    A kind of generator sets `reach` and, where its paddings ask for it, `shortest`, and defines `sound`. All of its parameters
+    are the weights and biases of convolutions.
+    """
+
+    kind = "generator"  # what its files are called by
+    piece = 2.0  # on a CPU a fifth faster than ten seconds at once
+    reach: Reach
+    shortest = 1  # mel frames that its paddings need at least
+
+    def __init__(self, sample_rate: int, n_mels: int, hop_length: int, **settings: Any) -> None:
+        super().__init__()
+        self.sample_rate, self.n_mels, self.hop_length = sample_rate, n_mels, hop_length
+        self.settings = {"sample_rate": sample_rate, "n_mels": n_mels, **settings}
+
+    def sound(self, mel: Tensor) -> Tensor:
+        """mel (B, n_mels, M) -> wav (B, 1, M * hop_length), whole."""
+        raise NotImplementedError
+
+    def forward(self, mel: Tensor) -> Tensor:
+        """Raises InputError for a mel of another number of bands."""
+        frames, samples = mel.shape[-1], mel.shape[-1] * self.hop_length
+        size = cover(self.piece, self.sample_rate / self.hop_length)
+        if torch.is_grad_enabled():
+            return self._sound(mel)
+        if frames > size:
+            return join(self.stream(mel.split(size, -1)), samples)
+        return torch.cat([self._sound(part) for part in mel.split(max(1, FRAMES_AT_ONCE // max(frames, 1)))])
+
+    @torch.no_grad()
+    def stream(self, pieces: Iterable[Tensor]) -> Iterator[Tensor]:
+        """mel that comes in pieces (B, n_mels, M) -> wav in pieces (B, 1, N), as if the mel had come whole."""
+        yield from stream(self._sound, self.reach, pieces)
+
+    def _sound(self, mel: Tensor) -> Tensor:
+        frames = mel.shape[-1]
+        if mel.dim() != 3 or mel.shape[1] != self.n_mels:
+            raise InputError(
+                f"vocoder.n_mels is {self.n_mels}, but the mel is of the shape {tuple(mel.shape)}; make them agree"
+            )
+        if not frames:
+            return mel.new_zeros(len(mel), 1, 0)
+        mel = mel.to(next(self.parameters()).dtype)
+        if frames < self.shortest:
+            mel = F.pad(mel, (0, self.shortest - frames), mode="replicate")
+        return self.sound(mel)[..., : frames * self.hop_length]
+
+    # --- weights ---
+
+    def normalise(self) -> None:
+        """Divide every weight into its length and its direction, in which it learns better (Salimans and Kingma 2016)."""
+        for _, module in convolutions(self):
+            if not is_parametrized(module, "weight"):
+                parametrizations.weight_norm(module, "weight", dim=0)
+
+    def weights(self) -> dict[str, Tensor]:
+        """One weight and one bias of every convolution, whether they are normalised or not."""
+        parts = [
+            (f"{name}.{part}", getattr(module, part)) for name, module in convolutions(self) for part in ("weight", "bias")
+        ]
+        return {key: tensor.detach().cpu().contiguous() for key, tensor in parts}
+
+    def save(self, path: str | Path) -> None:
+        """Write the weights with the settings, as safetensors that the constructor reads."""
+        with write_aside(path) as aside:
+            aside.write_bytes(save(self.weights(), {self.kind: json.dumps(self.settings)}))
+
+    def load(self, path: str | Path) -> None:
+        """Read what `save` wrote, or published tensors by the same names with weight_g and weight_v in place of weight.
+
+        For a generator that is not normalised. Raises InputError where the file is absent, of another kind or other settings.
+        """
+        path = Path(path)
+        if path.suffix == ".safetensors" and path.is_file():
+            agree(self.settings, written_settings(path, self.kind), str(path))
+        where = f"vocoder.weights: {path}"
+        load_exactly(self, folded(tensors_in(path), where), where)
+
+
+def convolutions(module: nn.Module) -> list[tuple[str, nn.Conv1d | nn.ConvTranspose1d]]:
+    found = module.named_modules()
+    return [(name, part) for name, part in found if isinstance(part, nn.Conv1d | nn.ConvTranspose1d)]
+
+
+def folded(state: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
+    """Tensors with one weight in place of every weight_g and weight_v, in single precision; what is one already stays so.
+
+    Both count from the first axis, which of a transposed convolution is its inputs. Raises InputError, its sentence beginning
+    with `where`, where one of the two is missing.
+    """
+    ours = {}
+    for key, tensor in state.items():
+        name, _, last = key.rpartition(".")
+        if last not in ("weight_g", "weight_v"):
+            ours[key] = tensor.float()
+            continue
+        for part in ("weight_g", "weight_v"):
+            if f"{name}.{part}" not in state:
+                raise InputError(f"{where} lacks {name}.{part}; give the whole file")
+        if last == "weight_v":
+            ours[f"{name}.weight"] = torch._weight_norm(tensor.float(), state[f"{name}.weight_g"].float(), 0)
+    return ours
+
+
+def written_settings(path: Path, kind: str) -> dict[str, Any]:
+    try:
+        with safe_open(path, "pt") as file:
+            written = json.loads((file.metadata() or {}).get(kind, "null"))
+    except SafetensorError as error:
+        raise InputError(f"vocoder.weights: {path} is no whole safetensors file ({error}); write it anew") from error
+    if written is None:
+        raise InputError(f"vocoder.weights: {path} was not written by a {kind} vocoder; give a file that was")
+    return written
+
+
+def agree(settings: Mapping[str, Any], written: Mapping[str, Any], where: str) -> None:
+    """Raise InputError at the first of our settings that is another one in `written`."""
+    for name, value in settings.items():
+        if name in written and written[name] != value:
+            raise InputError(f"vocoder.{name} is {value}, but {where} says {written[name]}; set vocoder.{name}={written[name]}")
+
+
+def whole_numbers(values: Sequence[int]) -> list[int]:
+    """As JSON keeps them, to compare with what a file says."""
+    return [int(value) for value in values]
