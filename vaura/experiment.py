@@ -73,9 +73,9 @@ def load(
 ) -> tuple[TokenPrediction, DictConfig]:
     """The trained task of an experiment, in evaluation mode, and its configuration.
 
-    An experiment is one of the house, one that V-AURA or SpecVQGAN published, or the name of one of V-AURA's, which is fetched. Takes the best
-    checkpoint by validation loss unless one is named; `overrides` are merged over the configuration. Raises InputError where
-    the folder is no experiment, or the checkpoint is broken or of another model.
+    An experiment is one of the house, one that V-AURA or SpecVQGAN published, or the name of one of V-AURA's, which is fetched.
+    Takes the best checkpoint by validation loss unless one is named; `overrides` are merged over the configuration. Raises
+    InputError where the folder is no experiment, or the checkpoint is broken or of another model.
     """
     folder = find_experiment(folder)
     path = folder / CONFIG

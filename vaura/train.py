@@ -51,6 +51,8 @@ from vaura.timing import count
 
 for chatter in ("lightning.pytorch", "lightning.fabric"):
     logging.getLogger(chatter).setLevel(logging.WARNING)
+Data = VideoData | StoredData
+
 UNHELPFUL = (
     r".*`isinstance\(treespec, LeafSpec\)` is deprecated",  # Lightning's use of torch
     r"The number of training batches \(\d+\) is smaller than the logging interval",
@@ -109,9 +111,7 @@ def test(config: DictConfig) -> dict[str, float]:
     return measure(config, task, data, folder, Path(config.resume))
 
 
-def measure(
-    config: DictConfig, task: TokenPrediction, data: VideoData | StoredData, folder: Path, checkpoint: Path
-) -> dict[str, float]:
+def measure(config: DictConfig, task: TokenPrediction, data: Data, folder: Path, checkpoint: Path) -> dict[str, float]:
     """The losses of `checkpoint` on the test clips, in nats, printed and written to `folder`/test.json."""
     content = experiment.read_weights(checkpoint)
     experiment.check_model(content, task, checkpoint)
@@ -146,7 +146,7 @@ def build_trainer(trainer: DictConfig, **supplied: Any) -> Trainer:
         raise InputError(f"the trainer's settings will not do: {reason}") from error
 
 
-def load_data(config: DictConfig, task: TokenPrediction, needs: Sequence[str] = ("train",)) -> VideoData | StoredData:
+def load_data(config: DictConfig, task: TokenPrediction, needs: Sequence[str] = ("train",)) -> Data:
     """The run's data, read as its encoder and its tokenizer want it. Raises InputError where a split of `needs` is empty."""
     encoder, tokenizer = task.encoder, task.tokenizer
     if isinstance(encoder, StoredFeatures):
@@ -172,7 +172,7 @@ def load_data(config: DictConfig, task: TokenPrediction, needs: Sequence[str] = 
     )
 
 
-def prepare(config: DictConfig, task: TokenPrediction, data: VideoData | StoredData, folder: Path) -> None:
+def prepare(config: DictConfig, task: TokenPrediction, data: Data, folder: Path) -> None:
     """Fit the tokenizer and teach the encoder, each only where it is not ready, and keep them in the experiment.
 
     With data.cache the token LM then learns from codes and features that are kept there.
@@ -222,7 +222,7 @@ def all_agree(number: int) -> bool:
     return len(set(map(int, numbers))) == 1
 
 
-def fit_tokenizer(task: TokenPrediction, data: VideoData, path: Path, seed: int) -> None:
+def fit_tokenizer(task: TokenPrediction, data: Data, path: Path, seed: int) -> None:
     """Fit on the sound of the training clips; one process does it, the others wait for its file."""
     tokenizer = cast(Any, task.tokenizer)  # one with `fitted` also has fit, save and load
     if rank_zero_only.rank == 0:
@@ -235,7 +235,7 @@ def fit_tokenizer(task: TokenPrediction, data: VideoData, path: Path, seed: int)
         tokenizer.load(path)
 
 
-def teach_encoder(config: DictConfig, task: TokenPrediction, data: VideoData | StoredData, folder: Path) -> None:
+def teach_encoder(config: DictConfig, task: TokenPrediction, data: Data, folder: Path) -> None:
     """Learn the visual tower by contrast with the sound of the training clips."""
     encoder = cast(Any, task.encoder)  # one with `learnt` is a module that can save itself
     torch.manual_seed(seed_of(config.seed, "contrast"))  # whatever was drawn before, in this run or an earlier part of it
@@ -251,7 +251,7 @@ def teach_encoder(config: DictConfig, task: TokenPrediction, data: VideoData | S
         encoder.save(folder / experiment.ENCODER)
 
 
-def learn(config: DictConfig, task: TokenPrediction, data: VideoData | StoredData, folder: Path) -> None:
+def learn(config: DictConfig, task: TokenPrediction, data: Data, folder: Path) -> None:
     """Train the token LM with checkpoints by validation loss, early stopping and sound to listen to."""
     settings = config.logging
     clock = FetchClock() if config.trainer.get("profiler") is None else None
@@ -287,7 +287,7 @@ def learn(config: DictConfig, task: TokenPrediction, data: VideoData | StoredDat
 
 def fit(
     module: LightningModule,
-    data: VideoData | StoredData,
+    data: Data,
     trainer: DictConfig,
     folder: Path,
     seed: int,

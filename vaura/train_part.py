@@ -18,8 +18,6 @@ from omegaconf import DictConfig
 from vaura import experiment
 from vaura.checkpoint import CHECKPOINTS, best_checkpoint
 from vaura.components import check_components, instantiate
-from vaura.data.module import VideoData
-from vaura.data.stored import StoredData
 from vaura.errors import InputError
 from vaura.run_folder import run_dir
 from vaura.seeds import seed_of
@@ -28,7 +26,7 @@ from vaura.task.classification import Classification
 from vaura.task.codebook import CodebookLearning
 from vaura.task.codebook_preview import CodebookPreview
 from vaura.task.vocoding import Vocoding
-from vaura.train import build_trainer, fit
+from vaura.train import Data, build_trainer, fit
 
 # of each task: what is taught is called so, and how it is written by itself
 PARTS: dict[type[LightningModule], tuple[str, Any]] = {
@@ -64,7 +62,7 @@ def train_part(config: DictConfig) -> Path:
     return folder
 
 
-def load_data(config: DictConfig, task: LightningModule) -> VideoData | StoredData:
+def load_data(config: DictConfig, task: LightningModule) -> Data:
     """The run's data: mels that are stored, or the sound of videos as the network wants it."""
     learner: Any = next((getattr(task, name) for name in ("codec", "vocoder") if hasattr(task, name)), None)
     if str(config.data._target_).endswith("StoredData"):
@@ -82,7 +80,7 @@ def load_data(config: DictConfig, task: LightningModule) -> VideoData | StoredDa
     )
 
 
-def teach(config: DictConfig, task: LightningModule, data: VideoData | StoredData, folder: Path, title: str) -> None:
+def teach(config: DictConfig, task: LightningModule, data: Data, folder: Path, title: str) -> None:
     """Train with checkpoints by validation loss, early stopping, and pictures and sounds of what it makes."""
     settings = config.logging
     watchers: list[Callback] = [LearningRateMonitor("step")]

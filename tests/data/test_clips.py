@@ -318,3 +318,18 @@ def test_kept_clips_hold_no_open_files(clip):
     before = len(list(Path("/proc/self/fd").iterdir()))
     dataset.keep_all(workers=2)
     assert len(list(Path("/proc/self/fd").iterdir())) < before + 40
+
+
+class Unreadable(Dataset):
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, key):
+        return None
+
+
+@pytest.mark.parametrize(("processes", "shuffle", "want"), [(2, True, {}), (1, True, None), (2, False, None)])
+def test_processes_that_train_together_are_told_of_nothing_by_an_empty_batch(processes, shuffle, want):
+    order = EpochOrder(4, shuffle=shuffle, world_size=processes)
+    given = list(ClipLoader(Unreadable(), order, 1, 0))
+    assert given == [want] * (4 // processes)  # Lightning passes over None, and the other processes would wait

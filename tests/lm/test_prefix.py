@@ -138,7 +138,7 @@ def test_what_cannot_be_is_told():
         generate_rolling(make(), lambda _: seen(1), windows(T, 1, T, T), seeds=[1], sampler=Sampler())
     with pytest.raises(InputError, match=r"has learnt 58 positions, and \d+ are asked for"):
         generate(make(), seen(1), 3 * T + 1, seeds=[1], sampler=Sampler())
-    with pytest.raises(InputError, match="lm.style=gpt learns its positions"):
+    with pytest.raises(InputError, match=r"lm\.style=gpt learns its positions"):
         TokenLM(K, V, 1, DIM, 2, style="gpt")
     with pytest.raises(InputError, match=r"lm\.style=gtp is none of llama, gpt.*Did you mean 'gpt'"):
         TokenLM(K, V, 1, DIM, 2, style="gtp")

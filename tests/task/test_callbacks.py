@@ -105,7 +105,7 @@ def test_a_strange_loss_stops_before_it_is_kept(tmp_path, strange):
                 module.weight.data.fill_(strange)
 
     last = LastCheckpoint(tmp_path, 1)
-    with pytest.raises(InputError, match=r"training loss is no longer a finite number at step 4; lower contrast"):
+    with pytest.raises(InputError, match=r"training loss is no longer a finite number at step 4; lower task"):
         train(tmp_path, Broken(), FiniteLoss(), last)
     assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 3
 
@@ -301,7 +301,7 @@ class Model(TokenPrediction):
 
     def __init__(self) -> None:
         LightningModule.__init__(self)
-        self.tokenizer = types.SimpleNamespace(num_codebooks=2, codebook_size=128, decode=self.decode)
+        self.tokenizer = types.SimpleNamespace(num_codebooks=2, codebook_size=128, sample_rate=16000, decode=self.decode)
         self.asked: list[dict] = []
 
     def tokenise(self, batch):

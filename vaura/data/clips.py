@@ -164,6 +164,8 @@ class ClipLoader(DataLoader):
 
     With a shuffled order every pass is the next epoch; otherwise every pass is epoch 0, the same clips from the same instants.
     Where there are fewer clips than processes, validation repeats one, for all processes must meet; training is an InputError.
+    A batch of which nothing can be read is None; where several processes train it is {}, for Lightning passes over None, and
+    the others would wait for ever.
     """
 
     def __init__(self, dataset: Dataset, order: EpochOrder, batch_size: int, workers: int) -> None:
@@ -194,9 +196,10 @@ class ClipLoader(DataLoader):
             self.epoch, self.batches_done = self.epoch + 1, 0
         self.order.epoch = self.epoch if self.order.shuffle else 0
         self.order.begin = self.batches_done * (self.batch_size or 1)
+        together = self.order.shuffle and self.order.world_size > 1
         for batch in super().__iter__():
             self.batches_done += 1
-            yield batch
+            yield {} if batch is None and together else batch
 
     def state_dict(self) -> dict[str, int]:
         return {"epoch": self.epoch, "batches_done": self.batches_done}

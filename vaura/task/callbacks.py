@@ -21,12 +21,14 @@ from lightning.pytorch.callbacks import Checkpoint
 from torch import Tensor
 
 from vaura.data.clips import Batch, ClipDataset, collate
+from vaura.data.stored import StoredClip, StoredDataset
 from vaura.errors import InputError, nearest
 from vaura.lm.sampling import Sampler
 from vaura.media.mel import LogMel
 from vaura.progress import bar
 from vaura.seeds import seed_of
 from vaura.task.sharding import whole
+from vaura.task.contrast import Contrast
 from vaura.task.token_prediction import TokenPrediction
 from vaura.timing import count
 
@@ -38,6 +40,8 @@ BINS = 64
 
 ASK = 10
 """Steps between two questions among several processes whether one of them was asked to stop."""
+
+Clips = ClipDataset | StoredDataset
 
 
 class StepSeeds(Callback):
@@ -127,7 +131,7 @@ class FiniteLoss(Callback):
     def _stop(self, trainer: Trainer, module: LightningModule, split: str, step: int) -> None:
         """Raise in all processes where `step`, of the first strange loss, is not -1 in one of them."""
         if trainer.strategy.reduce_boolean_decision(step >= 0, all=False):
-            key = "task.optimizer.lr" if isinstance(module, TokenPrediction) else "contrast.task.optimizer.lr"
+            key = "contrast.task.optimizer.lr" if isinstance(module, Contrast) else "task.optimizer.lr"
             raise InputError(
                 f"the {split} loss is no longer a finite number at step {step if step >= 0 else trainer.global_step}; "
                 f"lower {key} or trainer.gradient_clip_val and start anew, or add resume=CHECKPOINT with an earlier one"
@@ -249,13 +253,13 @@ class Preview(Callback):
 
     def __init__(
         self,
-        dataset: ClipDataset,
+        dataset: Clips,
         clips: int,
         sampler: Sampler,
         guidance: float,
         *,
         tracked: Sequence[str] | None = None,
-        others: Sequence[ClipDataset] = (),
+        others: Sequence[Clips] = (),
         histograms: bool = True,
     ) -> None:
         self.dataset, self.sampler, self.guidance, self.histograms = dataset, sampler, guidance, histograms
@@ -306,10 +310,10 @@ class Preview(Callback):
                 board.add_histogram(f"codes/codebook_{k}_{kind}", drawn.numpy(), step, edges)
 
 
-def _find(name: str, datasets: Sequence[ClipDataset]) -> tuple[ClipDataset, int]:
+def _find(name: str, datasets: Sequence[Clips]) -> tuple[Clips, int]:
     """The clip with this id, or the first of a file with this stem."""
-    places: dict[str, tuple[ClipDataset, int]] = {}
-    for of in (lambda clip: clip.id, lambda clip: Path(clip.video).stem):
+    places: dict[str, tuple[Clips, int]] = {}
+    for of in (lambda clip: clip.id, lambda clip: clip.name if isinstance(clip, StoredClip) else Path(clip.video).stem):
         for dataset in datasets:
             for index, clip in enumerate(dataset.clips):
                 places.setdefault(of(clip), (dataset, index))

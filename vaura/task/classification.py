@@ -90,7 +90,7 @@ class Classification(LightningModule):
     # --- learning ---
 
     def training_step(self, batch: Batch | None, index: int) -> Tensor:
-        if batch is None:  # nothing could be read; other processes of a distributed run still wait for gradients
+        if not batch:  # nothing could be read; other processes of a distributed run still wait for gradients
             return torch.stack([p.sum() for p in self.parameters() if p.requires_grad]).sum() * 0.0
         labels = self._checked(batch["label"])
         if self.auxiliary:

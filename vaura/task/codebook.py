@@ -2,7 +2,7 @@
 
 A codec that learns is a module with `signal`, the key of a batch that it learns from ("mel" or "audio"), `last_layer`, the
 weight that adversarial losses are balanced by, and `forward(signal) -> Coded`. One that learns from mels has `mel`, which makes
-them of sound; one whose codebooks are one and the same says so by `shared_codebook`; one that lets dead codes be moved has
+them of sound; one whose codebooks follow what they name has `follow()`; one whose codebooks are one and the same says so by `shared_codebook`; one that lets dead codes be moved has
 `revive(latents)`. SpecVQGAN learns so from mels, and codecs of waveforms from sound: what differs stands in the reconstruction
 and in the adversary, which are given.
 """
@@ -136,10 +136,6 @@ class CodebookLearning(LightningModule):
             told["matching"] = judged.matching
         return judged.loss, d_loss, told
 
-    def on_before_batch_transfer(self, batch: Batch | None, dataloader_idx: int) -> Batch | None:
-        """Lightning passes over a batch of nothing, and several processes would wait for each other for ever."""
-        return {} if batch is None and self.trainer.training and self.trainer.world_size > 1 else batch
-
     def training_step(self, batch: Batch | None, index: int) -> Tensor:
         if not batch:  # nothing could be read; other processes wait in the midst of a step, not for its gradients alone
             if self.latest is None:
@@ -230,6 +226,8 @@ class CodebookLearning(LightningModule):
         self.log_dict({f"{split}/codes_used": (counts > 0).float().mean(), f"{split}/perplexity": perplexity})
 
     def on_after_backward(self) -> None:
+        if hasattr(self.codec, "follow"):  # codebooks that are no parameters
+            self.codec.follow()
         if self.adversary is not None and not self.judged:
             for parameter in self.adversary.parameters():
                 parameter.grad = None  # or the optimizer would count steps that are none

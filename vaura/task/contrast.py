@@ -71,7 +71,7 @@ class Contrast(LightningModule):
         return loss, (alike.argmax(1) == own).float().mean()
 
     def training_step(self, batch: Batch | None, index: int) -> Tensor:
-        if batch is None:  # nothing could be read; other processes of a distributed run still wait for gradients
+        if not batch:  # nothing could be read; other processes of a distributed run still wait for gradients
             return torch.stack([p.sum() for p in self.parameters() if p.requires_grad]).sum() * 0.0
         loss, matched = self.loss(self._cut(batch))
         self.log_dict({"contrast/loss": loss, "contrast/matched": matched}, prog_bar=True)

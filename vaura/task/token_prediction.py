@@ -136,7 +136,7 @@ class TokenPrediction(LightningModule):
         return {"label": label} if label is not None and getattr(self.conditioner, "classes", 0) else {}
 
     def training_step(self, batch: Batch | None, index: int) -> Tensor:
-        if batch is None:  # nothing could be read; other processes of a distributed run still wait for gradients
+        if not batch:  # nothing could be read; other processes of a distributed run still wait for gradients
             self.learnt_from = (0, 0)
             return torch.stack([p.sum() for p in self.parameters() if p.requires_grad]).sum() * 0.0
         drop = torch.rand(len(batch["id"]), device=self.device) < self.drop_condition
@@ -300,15 +300,14 @@ class TokenPrediction(LightningModule):
         They lie one below the other; with guidance their nulls follow.
         """
         labels: list[Tensor | None] = [None] * len(features) if label is None else list(label.to(self.device).split(1))
-        asked = [
-            (id(own), span, None if one is None else int(one)) for own, span, one in zip(features, spans, labels, strict=True)
-        ]
+        numbers = [None if one is None else int(one) for one in labels]
+        asked = [(id(own), span, number) for own, span, number in zip(features, spans, numbers, strict=True)]
         known: dict[tuple[int, Window, int | None], Condition] = {}
         for key, own, span, one in zip(asked, features, spans, labels, strict=True):
             if key not in known:
                 known[key] = self.condition(own, span, guidance, one)
-        if known[asked[0]].prefix is not None:
-            return Condition(start=start, prefix=torch.stack([known[key].prefix for key in asked], 1).flatten(0, 1))
+        if prefixes := [prefix for key in asked if (prefix := known[key].prefix) is not None]:
+            return Condition(start=start, prefix=torch.stack(prefixes, 1).flatten(0, 1))
         channels = []
         for key, span in zip(asked, spans, strict=True):
             channel = known[key].channel

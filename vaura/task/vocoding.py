@@ -114,7 +114,7 @@ class Vocoding(LightningModule):
     def training_step(self, batch: Batch | None, index: int) -> Tensor:
         learn, judge = cast(list[LightningOptimizer], self.optimizers())
         judge._on_before_step = judge._on_after_step = _nothing  # Lightning then counts one step a batch: the vocoder's
-        if batch is None:  # nothing could be read; other processes of a distributed run still wait for gradients
+        if not batch:  # nothing could be read; other processes of a distributed run still wait for gradients
             real, weight = torch.zeros(1, 1, self.segment, device=self.device), 0.0
         else:
             real, weight = self.cut(self.levelled(batch["audio"])), 1.0
@@ -138,7 +138,7 @@ class Vocoding(LightningModule):
         learn.step()
         for scheduler in cast(list[Any], self.lr_schedulers())[: 2 if counts else 1]:
             scheduler.step()
-        if batch is not None:
+        if batch:
             self.log_dict({f"train/{name}": value.detach() for name, value in parts.items()})
             self.log("train/loss", loss.detach(), prog_bar=True)
         return weight * loss.detach()
