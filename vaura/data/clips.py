@@ -44,7 +44,7 @@ class ClipDataset(Dataset):
         duration: float,
         *,
         fps: float | None,
-        size: int,
+        size: int | None,
         sample_rate: int,
         channels: int,
         resize: int | tuple[int, int] | None = None,

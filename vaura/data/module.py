@@ -166,7 +166,7 @@ class VideoData:
         reader: "pyav" or "torchcodec", what decodes pictures.
         val_share: share of a folder's videos kept for validation.
         seed: of the order and the cuts.
-        fps, size, sample_rate, channels: what the encoder and the tokenizer want.
+        fps, size, sample_rate, channels: what the encoder and the tokenizer want; fps None: sound alone.
         resize: short side, in pixels, of the picture from which `size` is cut; None: `size` itself.
         needs: splits without whose clips nothing can be done.
     """
@@ -190,8 +190,8 @@ class VideoData:
         reader: str = "pyav",
         val_share: float,
         seed: int,
-        fps: float,
-        size: int,
+        fps: float | None,
+        size: int | None,
         sample_rate: int,
         channels: int,
         resize: int | tuple[int, int] | None = None,
