@@ -149,7 +149,7 @@ def test_a_classifier_is_taught(data, corpus, tmp_path, name, more, part):
 
 def test_a_vocoder_is_taught_from_videos(tiny, tmp_path):
     words = [f"data.manifest={tiny.manifest}", "data.duration=0.96", "data.batch_size=2", "data.workers=0"]
-    words += "data.data_dir=null task.vocoder.width=16 task.segment=2048 task.preview=1".split()
+    words += ["data.data_dir=null", "task.vocoder.width=16", "task.segment=2048", "task.preview=1"]
     words += [f"task.adversary.discriminator.discriminators.{number}.width={width}" for number, width in ((0, 4), (1, 16))]
     assert run(command("vas_hifigan", tmp_path / "run", 2, *words)) == 0
     config = load_config(tmp_path / "run" / "config.yaml")
