@@ -261,15 +261,7 @@ def learn(config: DictConfig, task: TokenPrediction, data: Data, folder: Path) -
         watchers.insert(0, MakeTokens(data))
     if data.clips["val"]:
         watchers += [
-            ModelCheckpoint(
-                folder / CHECKPOINTS,
-                filename="epoch={epoch}-step={step}-val_loss={val/loss:.3f}",
-                auto_insert_metric_name=False,
-                monitor="val/loss",
-                save_top_k=settings.keep_best,
-                save_on_train_epoch_end=False,  # but behind a validation: a run may go on at an epoch's end without one
-            ),
-            EarlyStopping("val/loss", patience=settings.patience, check_on_train_epoch_end=False),
+            *by_validation(folder, settings),
             Preview(
                 data.dataset(PREDICT if data.clips[PREDICT] else "val"),
                 settings.preview_clips,
@@ -283,6 +275,19 @@ def learn(config: DictConfig, task: TokenPrediction, data: Data, folder: Path) -
     watchers.append(pace)  # behind the preview, which takes its time when a validation ends
     every, resume = settings.last_every, config.resume
     fit(task, data, config.trainer, folder, config.seed, "train the token LM", every, watchers, resume=resume, clock=clock)
+
+
+def by_validation(folder: Path, settings: DictConfig) -> list[Callback]:
+    """What the validation loss decides: which checkpoints are kept, and when it is enough."""
+    best = ModelCheckpoint(
+        folder / CHECKPOINTS,
+        filename="epoch={epoch}-step={step}-val_loss={val/loss:.4f}",
+        auto_insert_metric_name=False,
+        monitor="val/loss",
+        save_top_k=settings.keep_best,
+        save_on_train_epoch_end=False,  # but behind a validation: a run may go on at an epoch's end without one
+    )
+    return [best, EarlyStopping("val/loss", patience=settings.patience, check_on_train_epoch_end=False)]
 
 
 def fit(

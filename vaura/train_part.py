@@ -11,22 +11,21 @@ from typing import Any
 
 import torch
 from lightning import Callback, LightningModule
-from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig
 
 from vaura import experiment
-from vaura.checkpoint import CHECKPOINTS, best_checkpoint
+from vaura.checkpoint import best_checkpoint
 from vaura.components import check_components, instantiate
 from vaura.errors import InputError
 from vaura.run_folder import run_dir
 from vaura.seeds import seed_of
-from vaura.task.callbacks import EarlyStopping
 from vaura.task.classification import Classification
 from vaura.task.codebook import CodebookLearning
 from vaura.task.codebook_preview import CodebookPreview
 from vaura.task.vocoding import Vocoding
-from vaura.train import Data, build_trainer, fit
+from vaura.train import Data, build_trainer, by_validation, fit
 
 # of each task: what is taught is called so, and how it is written by itself
 PARTS: dict[type[LightningModule], tuple[str, Any]] = {
@@ -87,15 +86,5 @@ def teach(config: DictConfig, task: LightningModule, data: Data, folder: Path, t
     if isinstance(task, CodebookLearning):
         watchers.append(CodebookPreview(settings.preview_clips))
     if data.clips["val"]:
-        watchers += [
-            ModelCheckpoint(
-                folder / CHECKPOINTS,
-                filename="epoch={epoch}-step={step}-val_loss={val/loss:.3f}",
-                auto_insert_metric_name=False,
-                monitor="val/loss",
-                save_top_k=settings.keep_best,
-                save_on_train_epoch_end=False,
-            ),
-            EarlyStopping("val/loss", patience=settings.patience, check_on_train_epoch_end=False),
-        ]
+        watchers += by_validation(folder, settings)
     fit(task, data, config.trainer, folder, config.seed, title, settings.last_every, watchers, resume=config.resume)
