@@ -1,11 +1,12 @@
-"""Turn an experiment that V-AURA published into one of the house, with safetensors.
+"""Turn an experiment that V-AURA or SpecVQGAN published into one of the house, with safetensors.
 
     python scripts/import_checkpoint.py EXPERIMENT FOLDER [--checkpoint FILE] [--encoder-weights FILE]
 
-EXPERIMENT is V-AURA's folder (`checkpoints/*.ckpt` and a subfolder with `hparams.yaml`), or the name of a published one, which
-is fetched. FOLDER becomes a new experiment: config.yaml, checkpoints/*.safetensors with what was trained, encoder.safetensors
-and tokenizer.safetensors with what was frozen, and import.json, which names every key that was used or dropped. A checkpoint
-that misses a key of its model is refused, and every such key is named.
+EXPERIMENT is V-AURA's folder (`checkpoints/*.ckpt` and a subfolder with `hparams.yaml`) or the name of one, which is fetched,
+or the folder of a SpecVQGAN transformer (`checkpoints/*.ckpt` and `configs/*-project.yaml`). FOLDER becomes a new experiment:
+config.yaml, checkpoints/*.safetensors with what was trained, encoder.safetensors and tokenizer.safetensors with what was frozen,
+and import.json, which names every key that was used or dropped. A checkpoint that misses a key of its model is refused, and
+every such key is named.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from vaura.checkpoint import CHECKPOINTS
 from vaura.config import save_config
 from vaura.errors import InputError
 from vaura.files import make_folder, write_aside
+from vaura.published import specvqgan
 from vaura.published.vaura import find_experiment, is_published, read_published
 
 
@@ -50,11 +52,17 @@ def import_experiment(
     Raises InputError where `source` is no published experiment, `folder` is not empty, or a key of the model is missing.
     """
     source = find_experiment(source)
-    if not is_published(source):
-        raise InputError(f"{source} is no experiment of V-AURA's own: it has no {CHECKPOINTS}/*.ckpt, or has a config.yaml")
+    theirs = specvqgan.is_published(source)
+    if not theirs and not is_published(source):
+        raise InputError(
+            f"{source} is no experiment of V-AURA's or SpecVQGAN's own: it has no {CHECKPOINTS}/*.ckpt, or has a config.yaml"
+        )
     if folder.is_file() or (folder.exists() and any(folder.iterdir())):
         raise InputError(f"{folder} is not empty; name a new folder")
-    reading = read_published(source, checkpoint, encoder_weights)
+    if theirs:
+        reading = specvqgan.read_published(source, checkpoint)
+    else:
+        reading = read_published(source, checkpoint, encoder_weights)
     task = experiment.build(reading.config)
     if missed := sorted(task.state_dict().keys() - reading.state.keys()):
         raise InputError(f"{reading.checkpoint} lacks {len(missed)} keys of its model: {', '.join(missed)}")
@@ -63,10 +71,11 @@ def import_experiment(
     make_folder(folder / CHECKPOINTS)
     with write_aside(folder / CHECKPOINTS / f"{reading.checkpoint.stem}.safetensors") as aside:
         aside.write_bytes(save({key: value.clone().contiguous() for key, value in reading.state.items()}))
-    for part, name in ((task.tokenizer, experiment.TOKENIZER), (task.encoder, experiment.ENCODER)):
-        part.save(folder / name)
     config = reading.config.copy()
-    config.tokenizer.weights = config.encoder.weights = None  # those of the experiment itself
+    for part, name in (("tokenizer", experiment.TOKENIZER), ("encoder", experiment.ENCODER)):
+        if "weights" in config[part]:  # features that are stored have none
+            getattr(task, part).save(folder / name)
+            config[part].weights = None  # those of the experiment itself
     save_config(config, folder / experiment.CONFIG)
     account = {"source": str(reading.checkpoint), "used": reading.used, "dropped": reading.dropped}
     with write_aside(folder / "import.json") as aside:

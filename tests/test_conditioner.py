@@ -1,10 +1,11 @@
+import math
 from fractions import Fraction
 
 import pytest
 import torch
 from torch import Tensor
 
-from vaura.conditioner import HOLD, ChannelConditioner
+from vaura.conditioner import HOLD, ChannelConditioner, PrefixConditioner
 from vaura.errors import InputError
 from vaura.timing import cover
 
@@ -117,3 +118,38 @@ def test_a_null_of_several_rows_goes_round(learn_null):
 def test_an_alignment_that_is_none_names_the_nearest():
     with pytest.raises(InputError, match="Did you mean 'repeat'"):
         ChannelConditioner(1, 1, 12.5, 75.0, alignment="repeats")
+
+
+@pytest.mark.parametrize("seconds", [0.5, 1.0, 2.56, 6.01, 9.84, 9.99])
+def test_a_prefix_covers_clips_of_any_length(seconds):
+    rate, prefix = 22050 / 4096, PrefixConditioner(8, 16, 50.0, 22050 / 4096, features=5)
+    features = torch.arange(int(50 * seconds)).float().view(1, -1, 1).expand(-1, -1, 8)
+    prefix.embed = torch.nn.Identity()
+    shown = prefix(features, math.ceil(seconds * rate)).prefix[0, :, 0] / 50
+    want = (torch.arange(5) / 5 + 1 / 6) * seconds  # as `spread` picks them
+    assert torch.allclose(shown, want, atol=1 / rate)
+    later = prefix(torch.cat([features, features + 1000], 1), math.ceil(seconds * rate), start=round(seconds * rate))
+    assert (later.prefix >= 1000 - 50 / rate).all()
+
+
+def test_a_prefix_of_too_little_or_nothing_is_told():
+    prefix = PrefixConditioner(8, 16, 50.0, 22050 / 4096, features=5)
+    with pytest.raises(InputError, match=r"token frames 0 to 53 are 492 features at 50 Hz, of which 5 .*; there are 300"):
+        prefix(torch.zeros(1, 300, 8), 53)
+    with pytest.raises(InputError, match=r"conditioner\.features=0 and conditioner\.classes=0 leave nothing"):
+        PrefixConditioner(8, 16, 50.0, 5.0, features=0)
+    with pytest.raises(InputError, match=r"conditioner\.embed=linaer is none of .*Did you mean 'linear'"):
+        PrefixConditioner(8, 16, 50.0, 5.0, embed="linaer")
+    classes = PrefixConditioner(8, 16, 50.0, 5.0, features=0, classes=3)
+    with pytest.raises(InputError, match=r"label=3 is no class; the model knows 0 to 2"):
+        classes(torch.zeros(1, 5, 8), 5, label=torch.tensor([3]))
+
+
+def test_a_dropped_row_of_a_prefix_sees_the_null_alone():
+    prefix = PrefixConditioner(8, 16, 50.0, 22050 / 4096, features=5, classes=3)
+    features, label = torch.randn(2, 100, 8), torch.tensor([0, 2])
+    seen = prefix(features, 10, torch.tensor([False, True]), label=label).prefix
+    assert seen.shape == (2, 6, 16)
+    assert torch.equal(seen[0], prefix(features, 10, label=label).prefix[0])
+    assert torch.equal(seen[1], prefix.null.expand(6, -1))
+    assert torch.equal(seen[0, 5], prefix.class_embed.weight[0])

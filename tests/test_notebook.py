@@ -25,6 +25,7 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
 import vaura
+from vaura.codec import Codes
 from vaura.errors import InputError
 from vaura.evaluate import listen
 from vaura.launch import run
@@ -177,16 +178,16 @@ def test_players_show_what_was_written(ran, home):
 
 
 def test_figures_stand_where_things_strike(ran):
-    looked, compared, varied, continued, long = ran.figures
+    looked, compared, coded, varied, continued, long = ran.figures
     times = [impact["time"] for impact in ran.names["scene"].facts["impacts"]]
     short = [time for time in times if time < 2.56]
     assert 0 < len(short) < len(times)
-    for figure in (looked, compared, varied, continued):
-        for axis in figure.axes[2 if figure is looked else 0 :]:
+    for figure, first in ((looked, 2), (compared, 0), (coded, 1), (varied, 0), (continued, 0)):
+        for axis in figure.axes[first:]:
             assert dashes(axis) == pytest.approx(short)
             assert axis.get_xlim() == pytest.approx((0, 2.56))
     assert dashes(long.axes[0]) == pytest.approx(times)
-    assert [len(figure.axes) for figure in ran.figures] == [3, 5, 6, 1, 1]
+    assert [len(figure.axes) for figure in ran.figures] == [3, 5, 2, 6, 1, 1]
     pictures, directions = (np.asarray(axis.images[0].get_array()) for axis in looked.axes[:2])
     assert pictures.shape == (96, 12 * 96, 3)
     features = ran.names["model"].features(ran.names["clip"])[0].double()
@@ -207,6 +208,22 @@ def test_the_table_says_what_is_heard(ran, home):
         hits, distance = match(found, times), float(log_spectral_distance(wav, truth))
         f1 = 2 * hits / (len(found) + len(times))
         assert told[row] == [str(len(found)), f"{hits} of {len(times)}", f"{f1:.2f}", f"{distance:.1f} dB"]
+
+
+def test_the_sound_is_coded_to_the_sample(ran, home):
+    names, folder = ran.names, home / "logs/demo"
+    codes = Codes.load(folder / f"{names['clip'].id}_codes.safetensors")
+    tokenizer = names["model"].task.tokenizer
+    wav = read_audio(folder / f"{names['clip'].id}_original.wav", sample_rate=16_000)
+    assert torch.equal(codes.codes, tokenizer.encode(wav[None])[0])
+    decoded, _ = soundfile.read(folder / f"{names['clip'].id}_decoded.wav", dtype="float32")
+    assert len(decoded) == wav.shape[1] == round(16_000 * 2.56)
+    np.testing.assert_allclose(decoded, tokenizer.decode(codes.codes[None])[0, 0, : len(decoded)], atol=2**-15)
+    assert f"{len(decoded)} samples in, {len(decoded)} samples out" in ran.printed
+    rate = codes.codes.numel() * np.log2(codes.codebook_size) / 2.56 / 1000
+    assert f": {rate:.2f} kbps" in ran.printed
+    shown = np.asarray(ran.figures[2].axes[0].images[0].get_array())
+    np.testing.assert_array_equal(shown, codes.codes)
 
 
 def test_the_continued_sound_begins_with_the_videos_own(ran):

@@ -169,7 +169,8 @@ class PrefixConditioner(nn.Module):
         ratio = exact(self.feature_rate) / exact(self.frame_rate)
         first, length = count(start, ratio), count(frames, ratio)
         missing = first + length - features.shape[1]
-        if missing > HOLD * self.feature_rate + 1 or length < self.features:
+        held = (HOLD + 1 / self.frame_rate) * self.feature_rate + 1  # the last token frame may begin as the picture ends
+        if missing > held or length < self.features:
             raise InputError(
                 f"token frames {start} to {start + frames} are {length} features at {self.feature_rate:g} Hz, of which "
                 f"{self.features} are to be shown; there are {features.shape[1]} of the clip"

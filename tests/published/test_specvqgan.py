@@ -1,5 +1,7 @@
 """A run as SpecVQGAN published them, made here of random weights, becomes an experiment of the house."""
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from vaura.lm.sampling import Sampler
 from vaura.published.specvqgan import is_published, read_published
 from vaura.tokenizer.specvqgan_network import Network, Sizes
 
+REPOSITORY = Path(__file__).resolve().parents[2]
 FEATURES, WIDTH, LAYERS, CODES = 3, 16, 2, 8
 NETWORK = {"ch": 32, "ch_mult": [1, 1, 1, 1, 1], "num_res_blocks": 1, "z_channels": 16, "attn_resolutions": [53]}
 
@@ -162,3 +165,14 @@ def test_missing_settings_are_named(published):
     del told["model"]["params"]["transformer_config"]["params"]["GPT_config"]["n_head"]
     with pytest.raises(InputError, match="the settings of this experiment lack n_head"):
         experiment.load(published(tensors(FEATS, 265 + FEATURES), told))
+
+
+def test_the_importer_makes_an_experiment_that_draws_the_same(published, tmp_path_factory):
+    source, folder = published(tensors(FEATS, 265 + FEATURES), settings(265 + FEATURES)), tmp_path_factory.mktemp("new") / "own"
+    done = [sys.executable, str(REPOSITORY / "scripts/import_checkpoint.py"), str(source), str(folder)]
+    said = subprocess.run(done, capture_output=True, text=True, check=True).stdout
+    assert "none missed" in said
+    how = {"seeds": [1], "sampler": Sampler(1.0), "guidance": 1.0, "window": 9.8, "stride": 9.8}
+    features = torch.randn(1, FEATURES, 6)
+    one, other = (experiment.load(place)[0].sample(features, 0.7, **how) for place in (source, folder))
+    assert one.equal(other)
