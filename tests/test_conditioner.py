@@ -120,29 +120,48 @@ def test_an_alignment_that_is_none_names_the_nearest():
         ChannelConditioner(1, 1, 12.5, 75.0, alignment="repeats")
 
 
+def numbers(conditioner: PrefixConditioner, features: int, frames: int, start: int = 0) -> list[int]:
+    """Which features of a clip a window is shown."""
+    conditioner.embed = torch.nn.Identity()
+    ruler = torch.arange(features).float().view(1, -1, 1).expand(-1, -1, 8)
+    return conditioner(ruler, frames, start=start).prefix[0, :, 0].int().tolist()
+
+
 @pytest.mark.parametrize("seconds", [0.5, 1.0, 2.56, 6.01, 9.84, 9.99])
 def test_a_prefix_covers_clips_of_any_length(seconds):
-    rate, prefix = 22050 / 4096, PrefixConditioner(8, 16, 50.0, 22050 / 4096, features=5)
-    features = torch.arange(int(50 * seconds)).float().view(1, -1, 1).expand(-1, -1, 8)
-    prefix.embed = torch.nn.Identity()
-    shown = prefix(features, math.ceil(seconds * rate)).prefix[0, :, 0] / 50
+    rate = 22050 / 4096
+    prefix = PrefixConditioner(8, 16, 50.0, rate, features=5)
+    shown = numbers(prefix, int(50 * seconds), math.ceil(seconds * rate))
     want = (torch.arange(5) / 5 + 1 / 6) * seconds  # as `spread` picks them
-    assert torch.allclose(shown, want, atol=1 / rate)
-    later = prefix(torch.cat([features, features + 1000], 1), math.ceil(seconds * rate), start=round(seconds * rate))
-    assert (later.prefix >= 1000 - 50 / rate).all()
+    assert torch.allclose(torch.tensor(shown) / 50, want, atol=1 / rate)
+
+
+@pytest.mark.parametrize(("features", "first", "last"), [(1, 106, 106), (5, 35, 204), (53, 3, 211), (212, 0, 211)])
+def test_a_window_is_shown_what_a_training_clip_is_however_short_it_be(features, first, last):
+    rate = 22050 / 4096
+    prefix = PrefixConditioner(8, 16, 21.5, rate, features=features, window=9.845)
+    published = numbers(prefix, 212 if features < 212 else 213, 53)
+    assert (len(published), published[0], published[-1]) == (features, first, last)
+    long = numbers(prefix, 430, 53)
+    assert long == published
+    assert numbers(prefix, 430, 53, start=20)[0] == first + round(20 / rate * 21.5)
+    assert numbers(prefix, 430, 14) == published  # a short window sees on
+    assert numbers(prefix, 58, 14) == [min(number, 57) for number in published]  # past the end the last stands in
 
 
 def test_a_prefix_of_too_little_or_nothing_is_told():
     prefix = PrefixConditioner(8, 16, 50.0, 22050 / 4096, features=5)
-    with pytest.raises(InputError, match=r"token frames 0 to 53 are 492 features at 50 Hz, of which 5 .*; there are 300"):
+    with pytest.raises(InputError, match=r"token frames 0 to 53 are 492 features at 50 Hz from number 0 on; there are 300"):
         prefix(torch.zeros(1, 300, 8), 53)
+    with pytest.raises(InputError, match=r"conditioner\.features=200 are more than the 100 features of conditioner\.window"):
+        PrefixConditioner(8, 16, 50.0, 5.0, features=200, window=2.0)(torch.zeros(1, 100, 8), 10)
     with pytest.raises(InputError, match=r"conditioner\.features=0 and conditioner\.classes=0 leave nothing"):
         PrefixConditioner(8, 16, 50.0, 5.0, features=0)
     with pytest.raises(InputError, match=r"conditioner\.embed=linaer is none of .*Did you mean 'linear'"):
         PrefixConditioner(8, 16, 50.0, 5.0, embed="linaer")
     classes = PrefixConditioner(8, 16, 50.0, 5.0, features=0, classes=3)
-    with pytest.raises(InputError, match=r"label=3 is no class; the model knows 0 to 2"):
-        classes(torch.zeros(1, 5, 8), 5, label=torch.tensor([3]))
+    with pytest.raises(InputError, match=r"label=-1 is no class; the model knows 0 to 2"):
+        classes(torch.zeros(2, 5, 8), 5, label=torch.tensor([2, -1]))
 
 
 def test_a_dropped_row_of_a_prefix_sees_the_null_alone():

@@ -123,6 +123,15 @@ def test_a_transformer_learns_over_it_and_a_sample_is_heard(transformer):
     assert board.Audio("bell/clip_4/generated")[-1].length_frames == 3 * 4096
 
 
+def test_centred_windows_all_see_what_the_first_is_shown(transformer, monkeypatch):
+    task, _ = experiment.load(transformer)
+    rate, asked, forward = task.tokenizer.frame_rate, [], task.conditioner.forward
+    monkeypatch.setattr(task.conditioner, "forward", lambda *given: asked.append((given[1], given[3])) or forward(*given))
+    how = {"seeds": [1], "sampler": Sampler(), "guidance": 1.0, "window": 3 / rate, "stride": 3 / rate, "loop": "centred"}
+    task.generate(torch.rand(1, 3, 8), 1.0, **how)
+    assert asked == [(3, 0)]  # the frames of a whole window, from the beginning
+
+
 def test_it_draws_longer_than_its_window_from_its_folder_alone(transformer):
     task, _ = experiment.load(transformer)
     rate = task.tokenizer.frame_rate

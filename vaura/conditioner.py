@@ -97,14 +97,15 @@ class ChannelConditioner(nn.Module):
 class PrefixConditioner(nn.Module):
     """Projects features, and the embedding of a class where there are classes, to vectors that the LM reads first.
 
-    A window sees `features` of those on show during it, spread evenly; features that are so many already stand as they are. A
-    dropped row sees the null in every place.
+    A window sees `features` of those on show from its beginning on, spread evenly over `window`; past the end of the picture
+    the last one stands in. Features that are so many already stand as they are. A dropped row sees the null in every place.
 
     Args:
         dim: feature width E.
         width: D, the LM's.
         feature_rate, frame_rate: features and token frames a second.
         features: F; 0: none, but a class.
+        window: seconds over which they are spread, those of a training clip, be a window as short as it may; None: the window.
         classes: of the label that stands last; 0: none.
         embed: "linear", or "gru" or "lstm", which read the features one after the other.
         learn_null: whether the null is learnt; else it is zero, as for models that know of none.
@@ -119,6 +120,7 @@ class PrefixConditioner(nn.Module):
         feature_rate: float,
         frame_rate: float,
         features: int = 212,
+        window: float | None = None,
         classes: int = 0,
         embed: str = "linear",
         learn_null: bool = True,
@@ -129,6 +131,7 @@ class PrefixConditioner(nn.Module):
         if embed not in EMBEDS:
             raise InputError(f"conditioner.embed={embed} is none of {', '.join(EMBEDS)}.{nearest(embed, EMBEDS)}")
         self.feature_rate, self.frame_rate, self.features, self.classes = feature_rate, frame_rate, features, classes
+        self.window = window
         self.embed = EMBEDS[embed](dim, width) if features else None
         self.class_embed = nn.Embedding(classes, width) if classes else None
         null = torch.zeros(width)
@@ -154,8 +157,8 @@ class PrefixConditioner(nn.Module):
         if self.class_embed is not None:
             if label is None:
                 raise InputError(f"this model wants to be told one of its {self.classes} classes: give label=NUMBER")
-            if int(label.max()) >= self.classes or int(label.min()) < 0:
-                raise InputError(f"label={int(label.max())} is no class; the model knows 0 to {self.classes - 1}")
+            if (strange := label[(label < 0) | (label >= self.classes)]).numel():
+                raise InputError(f"label={int(strange[0])} is no class; the model knows 0 to {self.classes - 1}")
             parts.append(self.class_embed(label).unsqueeze(1))
         prefix = torch.cat(parts, dim=1)
         if drop is not None:
@@ -167,13 +170,17 @@ class PrefixConditioner(nn.Module):
         if features.shape[1] == self.features:
             return features[:, 0 : self.features]
         ratio = exact(self.feature_rate) / exact(self.frame_rate)
-        first, length = count(start, ratio), count(frames, ratio)
-        missing = first + length - features.shape[1]
+        first, own, there = count(start, ratio), count(frames, ratio), features.shape[1]
         held = (HOLD + 1 / self.frame_rate) * self.feature_rate + 1  # the last token frame may begin as the picture ends
-        if missing > held or length < self.features:
+        if first + own - there > held:
             raise InputError(
-                f"token frames {start} to {start + frames} are {length} features at {self.feature_rate:g} Hz, of which "
-                f"{self.features} are to be shown; there are {features.shape[1]} of the clip"
+                f"token frames {start} to {start + frames} are {own} features at {self.feature_rate:g} Hz from number {first} "
+                f"on; there are {there} of the clip"
             )
-        index = (first + spread(self.features, length)).clamp(max=features.shape[1] - 1)
+        length = own if self.window is None else count(self.window, self.feature_rate)
+        if length < self.features:
+            raise InputError(
+                f"conditioner.features={self.features} are more than the {length} features of conditioner.window; choose fewer"
+            )
+        index = (first + spread(self.features, length)).clamp(max=there - 1)
         return features[:, int(index[0]) : int(index[-1]) + 1][:, index - index[0]]

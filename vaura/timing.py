@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass
 from fractions import Fraction
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -89,7 +90,8 @@ def spread(some: int, length: int) -> Tensor:
     """
     if not 0 < some <= length:
         raise ValueError(f"{some} of {length} cannot be picked")
-    return torch.arange(some) * length // some + length // (some + 1)
+    even = np.linspace(0, length, some, endpoint=False).astype(np.int64)  # floats, floored: so they were picked
+    return torch.from_numpy(even + length // (some + 1))
 
 
 @dataclass(frozen=True)

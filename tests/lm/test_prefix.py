@@ -11,7 +11,7 @@ from vaura.lm.llama import TokenLM
 from vaura.lm.native import NoLibrary, library
 from vaura.lm.sampling import Guidance, Sampler
 from vaura.protocols import ABSENT, Condition
-from vaura.timing import centred_windows, windows
+from vaura.timing import Window, centred_windows, windows
 
 K, V, T, P, DIM = 3, 11, 6, 4, 32
 
@@ -108,8 +108,16 @@ def test_flattened_codes_beside_a_channel_condition():
     codes = torch.randint(V, (2, K, T))
     differs = (lm(codes, condition) - lm(codes, Condition(moved))).abs().amax((0, 1, 3)) > 1e-6
     assert differs.tolist() == [False, False] + [True] * (T - 2)  # frame 2 is the first that sees its feature
-    rolled = generate_rolling(lm, lambda _: condition, windows(3 * T, 1, T, T // 2), **how)
-    assert rolled.shape == (2, K, 3 * T)
+    spans = windows(3 * T, 1, T, T // 2)
+
+    def own(span: Window) -> Condition:
+        return Condition(condition.channel[:, span.start : span.stop], span.start)
+
+    rolled = generate_rolling(lm, own, spans, **how)
+    assert torch.equal(rolled[:, :, :T], want)
+    shifted = generate_windows(lm, lambda span: Condition(own(span).channel), spans, **how)
+    assert torch.equal(shifted[:, :, :T], want)
+    assert shifted.shape == rolled.shape == (2, K, 3 * T)
 
 
 def test_windows_go_on_and_centred_ones_equal_steps_taken_alone():
@@ -138,6 +146,8 @@ def test_what_cannot_be_is_told():
         generate_rolling(make(), lambda _: seen(1), windows(T, 1, T, T), seeds=[1], sampler=Sampler())
     with pytest.raises(InputError, match=r"has learnt 58 positions, and \d+ are asked for"):
         generate(make(), seen(1), 3 * T + 1, seeds=[1], sampler=Sampler())
+    with pytest.raises(InputError, match=r"has learnt 58 positions, and \d+ are asked for"):
+        make().loss(torch.zeros(1, K, 4 * T, dtype=torch.long), seen(1))
     with pytest.raises(InputError, match=r"lm\.style=gpt learns its positions"):
         TokenLM(K, V, 1, DIM, 2, style="gpt")
     with pytest.raises(InputError, match=r"lm\.style=gtp is none of llama, gpt.*Did you mean 'gpt'"):

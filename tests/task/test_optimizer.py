@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from vaura.errors import InputError
+from vaura.lm.llama import TokenLM
 from vaura.task.optimizer import Constant, Cosine, InverseSquareRoot, Optimizer, Schedule
 
 
@@ -124,3 +125,24 @@ def test_a_fused_update_is_the_plain_one(fused):
 def test_a_way_to_update_that_does_not_exist():
     with pytest.raises(InputError, match=r"task\.optimizer\.fused=yes is none of auto, true, false"):
         Optimizer(lr=0.01, fused="yes")
+
+
+def test_products_alone_decay_as_in_minGPT():
+    lm = TokenLM(2, 8, 1, 16, 2, pattern="flatten", style="gpt", max_positions=9, shared_codebook=True)
+    module = nn.Module()
+    module.lm, module.conditioner = lm, nn.Linear(4, 16)
+    groups = Optimizer(1e-3, weight_decay=0.01, decay="products")(module, 10)["optimizer"].param_groups
+    named = {id(p): name for name, p in module.named_parameters()}
+    decayed, spared = ({named[id(p)] for p in group["params"]} for group in groups)
+    assert decayed == {
+        "lm.blocks.0.attention.qkv.weight",
+        "lm.blocks.0.attention.out.weight",
+        "lm.blocks.0.ffn.up.weight",
+        "lm.blocks.0.ffn.down.weight",
+        "lm.heads.0.weight",
+    }
+    assert {"lm.positions", "lm.embeddings.0.weight", "conditioner.weight", "lm.norm.bias"} <= spared
+    assert len(decayed) + len(spared) == len(named)
+    assert [group["weight_decay"] for group in groups] == [0.01, 0.0]
+    with pytest.raises(InputError, match=r"task\.optimizer\.decay=product is none of .*Did you mean 'products'"):
+        Optimizer(1e-3, decay="product")

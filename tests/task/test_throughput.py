@@ -16,7 +16,8 @@ def setting(every: int = 2, processes: int = 1):
     module = types.SimpleNamespace(
         device=torch.device("cpu"),
         learnt_from=(3, 10),
-        lm=types.SimpleNamespace(training_flops=lambda frames: 100 * frames),
+        before=0,
+        lm=types.SimpleNamespace(training_flops=lambda frames, before: 100 * (frames + before)),
         log=lambda name, value, **_: shown.update({name: value}),
     )
     trainer = types.SimpleNamespace(

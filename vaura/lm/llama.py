@@ -210,14 +210,14 @@ class TokenLM(nn.Module):
             part.compile(dynamic=False)
         self._cross_entropy = torch.compile(cross_entropy, dynamic=False)
 
-    def training_flops(self, frames: int) -> int:
+    def training_flops(self, frames: int, before: int = 0) -> int:
         """Floating-point operations that learning from a clip of `frames` takes, forward and backward: (6 N + 12 L D S) S.
 
-        N counts the weights of matrix products (embeddings are looked up), S the steps. As is customary, the half of attention
+        N counts the weights of matrix products (embeddings are looked up), S the steps, and `before` vectors of a prefix. As is customary, the half of attention
         that lies in the future is counted, and what is computed again to save memory is not.
         (Chowdhery et al. 2022, "PaLM", appendix B.)
         """
-        steps = self.num_steps(frames)
+        steps = self.num_steps(frames) + before
         weights = sum(p.numel() for part in (self.blocks, self.heads) for p in part.parameters() if p.ndim == 2)
         return (6 * weights + 12 * len(self.blocks) * self.dim * steps) * steps
 
@@ -278,15 +278,18 @@ class TokenLM(nn.Module):
         first = 0 if prefix is None else prefix.shape[1]
         if start == 0:
             x, first = self._behind(prefix, x)[0], 0
+        else:
+            self.check_positions(first + start + count)
         if cache is not None and cache.keys:
             cache.check_room(first + start, x.shape[1])
         logits = self.predict(x, torch.arange(first + start, first + start + x.shape[1], device=x.device), cache, reach)
         return logits[:, :, -count:]
 
-    @staticmethod
-    def _behind(prefix: Tensor | None, x: Tensor) -> tuple[Tensor, int]:
+    def _behind(self, prefix: Tensor | None, x: Tensor) -> tuple[Tensor, int]:
         """x (B, S, D) behind the prefix (B, P, D), and P."""
-        return (x, 0) if prefix is None else (torch.cat([prefix.to(x.dtype), x], dim=1), prefix.shape[1])
+        before = 0 if prefix is None else prefix.shape[1]
+        self.check_positions(before + x.shape[1])
+        return (x if prefix is None else torch.cat([prefix.to(x.dtype), x], dim=1)), before
 
     def predict(self, x: Tensor, position: Tensor, cache: KVCache | None = None, reach: int | None = None) -> Tensor:
         """What was embedded, (B, S, D), at `position` (S,) -> logits (B, K, S, V), all on the device."""
@@ -387,7 +390,8 @@ class TokenLM(nn.Module):
             raise ValueError(f"this LM reads a channel condition of width {self.channels} and was given none")
         begin = start - condition.start * self.stride
         if self.stride > 1:
-            return condition.channel[:, torch.arange(begin, begin + count, device=condition.channel.device) // self.stride]
+            frame = torch.arange(begin, begin + count, device=condition.channel.device) // self.stride
+            return condition.channel[:, frame.clamp(max=condition.channel.shape[1] - 1)]  # a window may end earlier
         channel = condition.channel[:, begin : begin + count]
         missing = count - channel.shape[1]
         if self.after_end is not None and self.training:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
-from vaura.errors import InputError
+from vaura.errors import InputError, nearest
 
 
 class Schedule(Protocol):
@@ -82,6 +82,9 @@ def _climb(step: int, warmup: int, first: float, lr: float) -> float:
     return first + step * (lr - first) / warmup
 
 
+DECAYS = ("matrices", "products")
+
+
 @dataclass(frozen=True)
 class Optimizer:
     """AdamW and a schedule; called with a module and the steps of its training, gives what Lightning wants of them.
@@ -89,6 +92,8 @@ class Optimizer:
     Weight decay is for matrices only: vectors (norms, biases) get none.
 
     Args:
+        decay: which matrices: "matrices" (all), or "products" (those of the LM's linear maps: neither embeddings nor positions
+            nor the conditioner, as minGPT and SpecVQGAN do).
         fused: update all parameters in one pass: "auto" (on a GPU and on a CPU), True or False. Raises InputError where True
             cannot be.
     """
@@ -98,16 +103,21 @@ class Optimizer:
     betas: tuple[float, float] = (0.9, 0.95)
     schedule: Schedule | None = None  # None: constant
     fused: bool | str = "auto"
+    decay: str = "matrices"
 
     def __post_init__(self) -> None:
+        if self.decay not in DECAYS:
+            raise InputError(f"task.optimizer.decay={self.decay} is none of {', '.join(DECAYS)}.{nearest(self.decay, DECAYS)}")
         if self.fused not in ("auto", True, False):
             raise InputError(f"task.optimizer.fused={self.fused} is none of auto, true, false")
 
     def __call__(self, module: nn.Module, steps: float) -> dict[str, Any]:
         parameters = [p for p in module.parameters() if p.requires_grad]
+        linear = [part.weight for part in getattr(module, "lm", module).modules() if isinstance(part, nn.Linear)]
+        decayed = {id(p) for p in (linear if self.decay == "products" else parameters) if p.ndim >= 2}
         groups = [
-            {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": self.weight_decay},
-            {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+            {"params": [p for p in parameters if id(p) in decayed], "weight_decay": self.weight_decay},
+            {"params": [p for p in parameters if id(p) not in decayed], "weight_decay": 0.0},
         ]
         able = all(p.device.type in ("cpu", "cuda") for p in parameters)
         if self.fused is True and not able:

@@ -74,7 +74,7 @@ class Throughput(Callback):
             return
         clips, frames = module.learnt_from
         self.frames += clips * frames
-        self.flops += clips * module.lm.training_flops(frames)
+        self.flops += clips * module.lm.training_flops(frames, module.before)
         step = trainer.global_step
         if step == self.step or step % max(trainer.log_every_n_steps, 1):  # type: ignore[attr-defined]
             return

@@ -82,6 +82,7 @@ class TokenPrediction(LightningModule):
         if checkpoint_activations < 0:
             raise InputError(f"task.checkpoint_activations={checkpoint_activations} is none of false, true, a number of blocks")
         self.compiled, self.learnt_from, self.divided = compile, (0, 0), False
+        self.before = 0  # vectors of a prefix in the last batch
         self.tokenizer, self.encoder, self.optimizer_of = tokenizer, encoder, optimizer
         self.drop_condition, self.hide_history, self.hide_last = drop_condition, hide_history, hide_last
         self.lm = lm(num_codebooks=tokenizer.num_codebooks, codebook_size=tokenizer.codebook_size)
@@ -129,6 +130,7 @@ class TokenPrediction(LightningModule):
         codes, features = self.tokenise(batch)
         self.learnt_from = (codes.shape[0], codes.shape[2])  # clips and token frames of the last batch
         condition = self.conditioner(features, codes.shape[2], drop, **self._named(batch.get("label")))
+        self.before = 0 if condition.prefix is None else condition.prefix.shape[1]
         return self.lm.loss(codes, condition, given(codes))
 
     def _named(self, label: Tensor | None) -> dict[str, Tensor]:
@@ -272,7 +274,8 @@ class TokenPrediction(LightningModule):
             if len(set(lengths)) > 1:
                 raise InputError("loop=centred draws clips of one length together; set batch_size=1, or loop=windows")
             spans = centred_windows(lengths[0], self.tokenizer.num_frames(window))
-            shown = self._together(looked, [spans[0]] * len(looked), 0, guidance, label)
+            first = Window(0, min(lengths[0], self.tokenizer.num_frames(window)), 0)
+            shown = self._together(looked, [first] * len(looked), 0, guidance, label)
             shown = replace(shown, start=0)
             return stream_windows(lm, lambda _: shown, spans, prompt=given, **how), lengths, seconds
         follow = stream_rolling if loop == "rolling" else stream_windows
