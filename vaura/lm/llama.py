@@ -213,8 +213,8 @@ class TokenLM(nn.Module):
     def training_flops(self, frames: int, before: int = 0) -> int:
         """Floating-point operations that learning from a clip of `frames` takes, forward and backward: (6 N + 12 L D S) S.
 
-        N counts the weights of matrix products (embeddings are looked up), S the steps, and `before` vectors of a prefix. As is customary, the half of attention
-        that lies in the future is counted, and what is computed again to save memory is not.
+        N counts the weights of matrix products (embeddings are looked up), S the steps, and `before` vectors of a prefix. As is
+        customary, the half of attention that lies in the future is counted, and what is computed again to save memory is not.
         (Chowdhery et al. 2022, "PaLM", appendix B.)
         """
         steps = self.num_steps(frames) + before

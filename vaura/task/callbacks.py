@@ -27,8 +27,8 @@ from vaura.lm.sampling import Sampler
 from vaura.media.mel import LogMel
 from vaura.progress import bar
 from vaura.seeds import seed_of
-from vaura.task.sharding import whole
 from vaura.task.contrast import Contrast
+from vaura.task.sharding import whole
 from vaura.task.token_prediction import TokenPrediction
 from vaura.timing import count
 
