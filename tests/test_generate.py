@@ -11,11 +11,13 @@ import soundfile
 import torch
 from omegaconf import OmegaConf
 
+import vaura.data.sound
 import vaura.generate
 from vaura.data.wanted import find_clips, open_clip
+from vaura.drawing import How, VideoToAudio, pick_device
 from vaura.encoder import lazy
 from vaura.errors import InputError
-from vaura.generate import How, VideoToAudio, new_folder, pick_device, summary
+from vaura.generate import new_folder, summary
 from vaura.launch import run
 from vaura.lm.sampling import Sampler
 from vaura.media.audio import read_audio
@@ -340,7 +342,7 @@ def test_runs_of_one_second_have_folders_of_their_own(tmp_path):
 @pytest.mark.parametrize("where", ["write_wav", "replace_sound", "play"])
 def test_interrupted_it_leaves_no_half_file(tiny, tmp_path, monkeypatch, where):
     """The second clip's file is being made when Ctrl-C comes."""
-    home = lazy if where == "play" else vaura.generate
+    home = lazy if where == "play" else vaura.data.sound
     calls, original = [], getattr(home, where)
 
     def interrupted(*args, **kwargs):
@@ -605,7 +607,7 @@ def test_two_ways_to_begin_are_one_too_many(tiny, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("word", "told"),
     [
-        ("loop=windws", "loop=windws is none of windows, rolling, published. Did you mean 'windows'?"),
+        ("loop=windws", "loop=windws is none of windows, rolling, centred, published. Did you mean 'windows'?"),
         ("normalize=peek", "normalize=peek is none of limit, lufs, clip, peak, rms, loudness. Did you mean 'peak'?"),
         ("guidance_shape=liner", "guidance_shape=liner is none of linear, cosine. Did you mean 'linear'?"),
         ("guidance_end=-1", "guidance_end=-1 is no scale"),

@@ -226,7 +226,7 @@ INTERRUPTIONS = {
     "lm": (quickstart, "learn", 1),
     "lm, in the middle": (TokenPrediction, "training_step", 5),
     "generate, in the middle of a batch": (Sound, "save", 2),
-    "generate, between an mp4 and its wav": ("vaura.generate", "write_wav", 1),
+    "generate, between an mp4 and its wav": ("vaura.data.sound", "write_wav", 1),
     "generate, another clip's video": (Sound, "save", 6),
     "evaluate": (Judge, "taught", 1),
     "evaluate, the ceiling": (Sound, "save", 2),

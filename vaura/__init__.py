@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from pathlib import Path
     from typing import Any
 
-    from vaura.generate import VideoToAudio
+    from vaura.drawing import VideoToAudio
 
 __version__ = "0.1.0"
 
@@ -22,13 +22,23 @@ def load(
     experiment_path: str | Path,
     checkpoint: str | Path | None = None,
     device: str = "auto",
+    *,
     overrides: Any = None,
     features_cache: str | Path | None = None,
     precision: str = "auto",
     engine: str = "auto",
     compile: bool = False,
 ) -> VideoToAudio:
-    """A trained experiment, of the house or of V-AURA's own, ready to generate; see `vaura.generate.VideoToAudio`."""
-    from vaura.generate import VideoToAudio  # brings torch, which asking for the version does not need
+    """A trained experiment, of the house or of V-AURA's own, ready to generate; see `vaura.drawing.VideoToAudio`."""
+    from vaura.drawing import VideoToAudio  # brings torch, which asking for the version does not need
 
-    return VideoToAudio(experiment_path, checkpoint, device, overrides, features_cache, precision, engine, compile)
+    return VideoToAudio(
+        experiment_path,
+        checkpoint,
+        device,
+        overrides=overrides,
+        features_cache=features_cache,
+        precision=precision,
+        engine=engine,
+        compile=compile,
+    )

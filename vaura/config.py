@@ -89,6 +89,9 @@ class GenerateRun:
     checkpoint: str | None = None  # a checkpoint file; none takes the experiment's best
     video: str | None = None  # a video, a folder of videos, or a manifest
     data: Any = None  # or a corpus, of which one split is generated
+    data_split: str = "val"  # which, where the corpus is one of arrays: train, val, test
+    encoder: Any = None  # what looks at videos in place of the experiment's encoder
+    vocoder: Any = None  # what makes sound of mels in place of the experiment's vocoder
     out: str | None = None  # where the samples go; none takes EXPERIMENT/OUT_PATH/TIME
     out_path: str = "samples"  # a folder below the experiment
     duration: float | None = None  # seconds to generate; none takes the whole video
@@ -99,7 +102,7 @@ class GenerateRun:
     guidance_end: float | None = None  # guidance scale at the last step of a window; none: constant
     guidance_shape: str = "linear"  # how it gets there: linear or cosine
     sampler: Any = MISSING  # rule from logits to a token
-    loop: str = "windows"  # how a long sound goes on: windows, rolling, published
+    loop: str = "windows"  # how a long sound goes on: windows, rolling, centred, published
     window: float | None = None  # seconds generated at once; none takes what the experiment was trained on
     stride: float | None = None  # seconds between windows; none takes half a window
     seed: int = 0  # of the sampler
@@ -107,6 +110,7 @@ class GenerateRun:
     precision: str = "auto"  # number format of the LM: auto, float32, bfloat16, int8 (weights alone)
     engine: str = "auto"  # what runs the LM: auto, native, torch
     compile: bool = False  # whether torch compiles the LM's steps
+    label: Any = None  # the class of all clips, for models that want one: its number, or its name
     prompt: str | None = None  # an audio file to continue
     prepend_gt_audio: bool = False  # continue the beginning of the clip's own sound
     prompt_duration: float = 0.64  # seconds of it
@@ -175,9 +179,10 @@ for _name, _schema in SCHEMAS.items():
     ConfigStore.instance().store(group="schema", name=_name, node=_schema, package="_global_", provider="vaura")
 
 
-# two words of arithmetic for values that follow from others: ${sum:265,${conditioner.features}}
+# some arithmetic for values that follow from others: ${sum:265,${conditioner.features}}
 OmegaConf.register_new_resolver("sum", lambda *numbers: sum(numbers), replace=True)
 OmegaConf.register_new_resolver("max", lambda *numbers: max(numbers), replace=True)
+OmegaConf.register_new_resolver("min", lambda *numbers: min(numbers), replace=True)
 
 
 # --- composed, saved, read again ---
@@ -233,7 +238,11 @@ def load_config(path: str | Path) -> DictConfig:
 
 
 def merge(cfg: DictConfig, changes: Any, where: str) -> DictConfig:
-    """`cfg` with `changes` over it, in memory. Raises InputError at a key that `cfg` lacks, naming the nearest."""
+    """`cfg` with `changes` over it, in memory. Raises InputError at a key that `cfg` lacks, naming the nearest.
+
+    A component of `changes` that has another `_target_` takes the place of the old one, none of whose keys are its own.
+    """
+    cfg = _without_replaced(cfg, changes)
     known = known_keys(cfg)
     OmegaConf.set_struct(cfg, True)
     try:
@@ -242,6 +251,28 @@ def merge(cfg: DictConfig, changes: Any, where: str) -> DictConfig:
         raise InputError(f"{where}: {omegaconf_sentence(error, str(error.full_key or ''), known)}") from error
     assert isinstance(merged, DictConfig)
     return merged
+
+
+def _without_replaced(cfg: DictConfig, changes: Any) -> DictConfig:
+    """`cfg` with only the keys that `changes` names in every component of which these make another."""
+    changed = OmegaConf.create(changes)
+    cfg = cfg.copy()
+
+    def walk(old: Any, new: Any) -> None:
+        if not (isinstance(old, DictConfig) and isinstance(new, DictConfig)):
+            return
+        if new.get("_target_") not in (None, old.get("_target_")):
+            for key in list(old):
+                del old[key]
+            for key in new:
+                old[key] = None
+            return
+        for key in map(str, new):
+            if key in old and not OmegaConf.is_interpolation(old, key) and not OmegaConf.is_interpolation(new, key):
+                walk(old[key], new[key])
+
+    walk(cfg, changed)
+    return cfg
 
 
 # --- what can be wrong with it ---

@@ -26,11 +26,12 @@ from vaura.components import check_components, instantiate
 from vaura.config import load_config
 from vaura.data.manifest import Clip
 from vaura.data.module import VideoData
+from vaura.data.sound import Sound
 from vaura.data.world import World, build, fingerprint
+from vaura.drawing import How, VideoToAudio
 from vaura.errors import InputError
 from vaura.evaluate import Judge, impact_times, listen, only_material, shifted, write_json
 from vaura.files import cache_folder
-from vaura.generate import How, Sound, VideoToAudio
 from vaura.media.audio import read_audio
 from vaura.progress import track
 from vaura.report import Example, Figure, print_table, read_curves, write_report

@@ -303,6 +303,37 @@ def test_one_class_alone_keeps_its_number(corpus):
         data(corpus, only_class="dgo")
 
 
+def test_one_class_alone_among_clips_that_have_none(corpus, tmp_path):
+    (tmp_path / "mixed.txt").write_text("\n".join([*TRAIN, "video_of_no_class"]))
+    read = data(corpus, only_class="dog", lists={"train": str(tmp_path / "mixed.txt")})
+    assert [clip.id for clip in read.clips["train"]] == TRAIN[3:6]
+
+
+@pytest.mark.parametrize("odd", [0, 1, 2])
+def test_a_mel_of_other_bands_is_left_out_of_its_batch(corpus, tmp_path, odd):
+    settings = flat(corpus, tmp_path, YOUTUBE)
+    path = tmp_path / MEL / f"{tuple(YOUTUBE)[odd]}_mel.npy"
+    path.unlink()
+    np.save(path, np.zeros((64, 860), np.float32))
+    loader = data(corpus, **settings).loader("train", batch_size=3)
+    with pytest.warns(UserWarning, match=r"left out of this batch: .*_mel\.npy holds no mel of 80 bands but an array of"):
+        batch = next(iter(loader))
+    assert batch is not None
+    assert batch["mel"].shape == (2, 80, 848)
+
+
+def test_a_damaged_mel_is_left_out_of_its_batch(corpus, tmp_path):
+    settings = flat(corpus, tmp_path, YOUTUBE)
+    path = tmp_path / MEL / f"{next(iter(YOUTUBE))}_mel.npy"
+    content = path.read_bytes()
+    path.unlink()
+    path.write_bytes(content.replace(b"}", b"{", 1))
+    with pytest.warns(UserWarning, match=r"left out of this batch: .*_mel\.npy cannot be read as an array"):
+        batch = next(iter(data(corpus, **settings).loader("train", batch_size=3)))
+    assert batch is not None
+    assert len(batch["id"]) == 2
+
+
 def test_a_broken_file_is_left_out_of_its_batch_and_told(corpus, tmp_path):
     settings = flat(corpus, tmp_path, YOUTUBE)
     broken = tmp_path / RGB / "a_b_c_d_e_f_0_10000.pkl"
@@ -331,6 +362,31 @@ def test_what_is_no_mel_is_refused(tmp_path, array, said):
         read_mel(tmp_path / "a.npy")
 
 
+@pytest.mark.filterwarnings("ignore:Reading .*Python 2")
+def test_a_mel_with_one_wrong_byte_is_read_or_refused(tmp_path):
+    """Whatever the byte: NumPy itself raises half a dozen kinds of errors."""
+    np.save(path := tmp_path / "a.npy", np.random.default_rng(0).random((80, 12), np.float32))
+    whole, said = path.read_bytes(), []
+    for place in range(130):
+        for byte in b"\x00 \"'(,0{\xff":
+            path.write_bytes(whole[:place] + bytes([byte]) + whole[place + 1 :])
+            try:
+                assert read_mel(path).dtype == torch.float32
+            except InputError as error:
+                said.append(str(error))
+    assert len(said) > 500
+    assert not any("\n" in sentence for sentence in said)
+
+
+def test_what_a_mel_holds_can_be_asked_for(tmp_path):
+    np.save(path := tmp_path / "a.npy", np.full((80, 12), -0.5, np.float32))
+    assert read_mel(path, 80, (-1.0, 2.0)).shape == (80, 12)
+    with pytest.raises(InputError, match=r"reaches from -0\.5 to -0\.5; mels here lie in"):
+        read_mel(path, 80)
+    with pytest.raises(InputError, match=r"holds no mel of 64 bands but an array of float32 \(80, 12\)"):
+        read_mel(path, 64, (-1.0, 2.0))
+
+
 def test_a_mel_that_is_cut_off_is_refused(tmp_path):
     np.save(tmp_path / "a.npy", np.zeros((80, 860)))
     (tmp_path / "a.npy").write_bytes((tmp_path / "a.npy").read_bytes()[:-9])
@@ -347,6 +403,10 @@ def test_settings_that_do_not_fit_are_told(corpus):
         data(corpus, mel_frames=864)
     with pytest.raises(InputError, match=r"data\.feature_crop is 216; choose 1 to data\.feature_frames=215"):
         data(corpus, feature_crop=216)
+    for change in ({"mel_frames": 0}, {"mel_frames": -3}, {"batch_size": 0}, {"batch_size": -1}):
+        ((name, number),) = change.items()
+        with pytest.raises(InputError, match=rf"data\.{name} is {number}; give 1 or more"):
+            data(corpus, **change)
     with pytest.raises(InputError, match=r"set encoder\.dim"):
         data(corpus, random_features=True, dim=None)
     with pytest.raises(InputError, match=r"data\.lists\.valid is no split.* Did you mean 'val'"):

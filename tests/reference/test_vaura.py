@@ -3,22 +3,18 @@
 Sizes, case names and settings are read from the files: another folder of the same layout must pass as well.
 """
 
-import json
 import math
-import os
 import re
-import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
-from typing import NamedTuple
 
 import pytest
 import torch
 import yaml
 from lightning import Callback, Trainer
-from safetensors import safe_open
+from recorded import Case, Recordings, drawn, parts_of, shapes_of
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -41,27 +37,9 @@ from vaura.timing import cover, published_windows
 from vaura.tokenizer.dac import DAC, PUBLISHED
 from vaura.tokenizer.dac_network import Codec
 
-ROOT = Path(os.environ.get("VAURA_REFERENCE", Path(__file__).parents[2].parent / "shared" / "reference")) / "vaura"
+recordings = Recordings("vaura")
+read = recordings.read
 GREEDY = Sampler(temperature=0.0)
-
-
-class Case(NamedTuple):
-    config: dict
-    state: dict[str, Tensor]
-    input: dict[str, Tensor]
-    output: dict[str, Tensor]
-
-
-def read(name: str) -> Case:
-    path = ROOT / f"{name}.safetensors"
-    if not path.is_file():
-        pytest.skip(f"the reference case {path} is not here; set VAURA_REFERENCE to the folder of reference cases")
-    parts: dict[str, dict[str, Tensor]] = {"state": {}, "input": {}, "output": {}}
-    with safe_open(path, framework="pt") as file:
-        for key in file.keys():  # noqa: SIM118
-            kind, _, rest = key.partition(".")
-            parts[kind][rest] = file.get_tensor(key)
-        return Case(json.loads(file.metadata()["config"]), **parts)
 
 
 def read_as_users_do(case: Case, folder: Path) -> Reading:
@@ -81,13 +59,9 @@ def read_as_users_do(case: Case, folder: Path) -> Reading:
     return read_published(folder)
 
 
-def parts_of(reading: Reading, prefix: str) -> dict[str, Tensor]:
-    return {key.removeprefix(prefix): value for key, value in reading.state.items() if key.startswith(prefix)}
-
-
 def built(reading: Reading, repeat: int | None = None) -> tuple[TokenLM, ChannelConditioner]:
     """TokenLM and conditioner of a published experiment, with its weights, in evaluation mode."""
-    lm_state, conditioner_state = parts_of(reading, "lm."), parts_of(reading, "conditioner.")
+    lm_state, conditioner_state = parts_of(reading.state, "lm."), parts_of(reading.state, "conditioner.")
     num_codebooks = sum(bool(re.fullmatch(r"heads\.\d+\.weight", key)) for key in lm_state)
     lm = instantiate(reading.config.lm)(num_codebooks=num_codebooks, codebook_size=len(lm_state["heads.0.weight"]))
     if repeat is not None:
@@ -307,7 +281,7 @@ def test_train_loss(tmp_path):
     parameters = {f"lm.{key}": p for key, p in lm.named_parameters()}
     parameters |= {f"conditioner.{key}": p for key, p in conditioner.named_parameters()}
     got = as_theirs({key: p.grad for key, p in parameters.items()}, case)
-    wanted = {key.removeprefix("grad."): value for key, value in case.output.items() if key.startswith("grad.")}
+    wanted = parts_of(case.output, "grad.")
     assert set(got) == set(wanted)
     for key, want in wanted.items():
         assert (got[key] - want).abs().max() <= 1e-4 * want.abs().max(), key
@@ -352,7 +326,7 @@ def test_train_steps(tmp_path):
     torch.testing.assert_close(torch.stack(losses), case.output["losses"], atol=1e-4, rtol=0.0)
     torch.testing.assert_close(torch.tensor(rates, dtype=torch.float64), case.output["lrs"], rtol=1e-9, atol=0.0)
     got = as_theirs(task.state_dict(), case)
-    wanted = {key.removeprefix("final."): value for key, value in case.output.items() if key.startswith("final.")}
+    wanted = parts_of(case.output, "final.")
     assert wanted
     for key, want in wanted.items():
         torch.testing.assert_close(got[key], want, atol=1e-4, rtol=0.0, msg=key)
@@ -369,12 +343,10 @@ def test_train_steps(tmp_path):
 @torch.no_grad()
 def test_tiny_lightning():
     """A checkpoint that the original training wrote, with its pickled settings and optimizer."""
-    folder = ROOT / "tiny_lightning"
     case = read("tiny_lightning/expected")
-    reading = read_published(folder)
+    reading = read_published(recordings.root / "tiny_lightning")
     assert reading.checkpoint.name == case.config["checkpoint"]
-    state = {key.removeprefix("state."): value for key, value in case.output.items() if key.startswith("state.")}
-    expected, _, dropped = rename(state)
+    expected, _, dropped = rename(parts_of(case.output, "state."))
     assert not dropped
     assert set(reading.state) == set(expected)
     assert all(torch.equal(reading.state[key], value) for key, value in expected.items())
@@ -458,27 +430,25 @@ def test_audio_normalize():
     assert {name.split("_")[2] for name in case.output} == {"clip", "peak", "rms", "loudness"}
 
 
-def drawn(key: str, shape: torch.Size, seed: str) -> Tensor:
+def avclip_weight(key: str, shape: torch.Size, seed: str) -> Tensor:
     """The value of a tensor of AV-CLIP's by the recipe of its case."""
-    generator = torch.Generator().manual_seed(zlib.crc32(seed.encode()))
-    std = 0.05 if key.endswith(("qkv.weight", "in_proj_weight")) else 0.02
-    value = torch.empty(shape).normal_(0, std, generator=generator)
+    value = drawn(seed, shape, 0.05 if key.endswith(("qkv.weight", "in_proj_weight")) else 0.02)
     return 1 + value if re.search(r"(^|\.)norm\d?\.weight$", key) else value
 
 
 def avclip_weights(config: dict) -> dict[str, Tensor]:
     """The weights of the AV-CLIP case. Its checksums tell where the salt stands in the seeds of a salted set."""
     with torch.device("meta"):
-        shapes = {key: value.shape for key, value in Tower(Sizes()).state_dict().items()}
+        shapes = shapes_of(Tower(Sizes()))
     checks = config["weight_checks[sum,abs_sum,first]"]
     for form in ("{salt}{key}", "{key}{salt}"):
         seeds = {key: form.format(salt=config["salt"], key=key) for key in shapes}
         for key, check in checks.items():
-            value = drawn(key, shapes[key], seeds[key]).double()
+            value = avclip_weight(key, shapes[key], seeds[key]).double()
             if [value.sum().item(), value.abs().sum().item(), value.flatten()[0].item()] != pytest.approx(check, rel=1e-5):
                 break
         else:
-            return {key: drawn(key, shape, seeds[key]) for key, shape in shapes.items()}
+            return {key: avclip_weight(key, shape, seeds[key]) for key, shape in shapes.items()}
     raise AssertionError("no weights have the recorded checksums: this set was made by another recipe")
 
 
@@ -522,10 +492,7 @@ def test_avclip_motionformer(tmp_path):
 
 
 def test_avclip_keys():
-    path = ROOT / "keys/avclip_motionformer_keys.json"
-    if not path.is_file():
-        pytest.skip(f"the list of keys {path} is not here; set VAURA_REFERENCE to the folder of reference cases")
-    published = json.loads(path.read_text())
+    published = recordings.listed("avclip_motionformer_keys")
     with torch.device("meta"):
         tower = Tower(Sizes())
     assert {key: list(value.shape) for key, value in tower.state_dict().items()} == published["state_dict"]
@@ -587,10 +554,7 @@ def test_dac_codec(tmp_path):
 
 def test_dac_names():
     """A full-size codec has the names and shapes of the published one, in which a weight is a length and a direction."""
-    path = ROOT / "keys" / "dac_44khz_8kbps_keys.json"
-    if not path.is_file():
-        pytest.skip(f"the list {path} is not here; set VAURA_REFERENCE to the folder of reference cases")
-    published = json.loads(path.read_text())
+    published = recordings.listed("dac_44khz_8kbps_keys")
     with torch.device("meta"):
         ours = Codec(PUBLISHED["44khz"].sizes).state_dict()
     for key in [key for key in ours if key.endswith(".weight") and "codebook" not in key]:

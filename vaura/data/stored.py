@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import functools
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -65,6 +66,7 @@ class StoredDataset(Dataset):
         dim: width of the features; None takes any.
         features: F, vectors of an item.
         mel_frames: columns of an item's mel, M.
+        n_mels: its bands; None takes any.
         random_crop: cut the mel elsewhere every epoch, the features not; otherwise its middle.
         random_features: chance in place of features, uniform in [0, 1), drawn anew every epoch; nothing of `kinds` is read.
         feature_frames: vectors to which stored features are cut, or filled up with 0.
@@ -80,6 +82,7 @@ class StoredDataset(Dataset):
         dim: int | None = None,
         features: int = 212,
         mel_frames: int = 848,
+        n_mels: int | None = None,
         random_crop: bool = False,
         random_features: bool = False,
         feature_frames: int = 215,
@@ -87,7 +90,8 @@ class StoredDataset(Dataset):
         seed: int = 0,
     ) -> None:
         self.clips, self.kinds, self.dim, self.seed = clips, kinds, dim, seed
-        self.mel_frames, self.random_crop, self.random_features = mel_frames, random_crop, random_features
+        self.mel_frames, self.n_mels = mel_frames, n_mels
+        self.random_crop, self.random_features = random_crop, random_features
         self.features, self.feature_frames, self.feature_crop = features, feature_frames, feature_crop
         self._chosen = torch.from_numpy(resample_indices(features, feature_crop))
 
@@ -119,7 +123,7 @@ class StoredDataset(Dataset):
 
     def _mel(self, clip: StoredClip, epoch: int) -> Tensor:
         path = clip.path(MEL)
-        mel = read_mel(path)
+        mel = read_mel(path, self.n_mels)
         if mel.shape[1] < self.mel_frames:
             raise InputError(f"{path} holds {mel.shape[1]} columns, fewer than data.mel_frames={self.mel_frames}; lower that")
         slack = mel.shape[1] - self.mel_frames
@@ -162,24 +166,30 @@ def centre_crop(length: int, wanted: int) -> slice:
     return slice(first, first + wanted)
 
 
-def read_mel(path: str | Path) -> Tensor:
-    """A stored mel (80, M) float32. Raises InputError where the file is missing, broken, or no mel in [0, 1]."""
+def read_mel(path: str | Path, n_mels: int | None = None, bounds: tuple[float, float] = (0.0, 1.0)) -> Tensor:
+    """A stored mel (n_mels, M) float32 with its values within `bounds`; where `n_mels` is None, of any number of bands.
+
+    Raises InputError where the file is missing or broken, or no such mel.
+    """
     try:
-        mel = np.load(path, allow_pickle=False)
+        with Path(path).open("rb") as file:
+            mel = np.lib.format.read_array(file, allow_pickle=False)
     except FileNotFoundError as error:
         raise InputError(f"there is no file {path}; check the path") from error
-    except (OSError, ValueError, EOFError) as error:
-        raise InputError(f"{path} cannot be read as an array ({error}); replace the file") from error
-    if not isinstance(mel, np.ndarray) or mel.ndim != 2 or mel.dtype.kind != "f" or not mel.size:
-        raise InputError(f"{path} holds no mel, a table of bands and columns; replace the file")
-    if not (mel.min() >= 0 and mel.max() <= 1):  # so written, what is no number is refused too
+    except Exception as error:  # NumPy reads the header as Python: a damaged one raises SyntaxError, TokenError, TypeError, ...
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise InputError(f"{path} cannot be read as an array ({reason}); replace the file") from error
+    if mel.ndim != 2 or mel.dtype.kind != "f" or not mel.size or n_mels not in (None, len(mel)):
+        wanted = "mel, a table of bands and columns," if n_mels is None else f"mel of {n_mels} bands"
+        raise InputError(f"{path} holds no {wanted} but an array of {mel.dtype} {mel.shape}; replace or remove the file")
+    if not (mel.min() >= bounds[0] and mel.max() <= bounds[1]):  # so written, what is no number is refused too
         raise InputError(f"{path} reaches from {mel.min():.3g} to {mel.max():.3g}; mels here lie in [0, 1]: make it anew")
     return torch.from_numpy(mel.astype(np.float32))
 
 
 def _vectors(path: Path) -> np.ndarray:
     array = read_array(path)
-    if array.ndim != 2 or array.dtype.kind != "f" or not np.isfinite(array).all():
+    if array.ndim != 2 or array.dtype.kind != "f" or not array.size or not np.isfinite(array).all():
         raise InputError(f"{path} holds no features, a table of numbers with a row for each; replace the file")
     return array
 
@@ -187,7 +197,8 @@ def _vectors(path: Path) -> np.ndarray:
 class StoredData:
     """The clips of a corpus of arrays, by split, and their loaders.
 
-    Clips of a list whose files are missing are left out, and one warning says how many. `classes` are what labels stand for,
+    Clips of a list whose files are missing are left out, and one warning says how many. Mels have the bands of the first ones
+    read: a clip of others is left out of its batch. `classes` are what labels stand for,
     folders in the lists, sorted, or the words of `labels_file`; where there are neither, it is empty and labels are -1.
 
     Args:
@@ -226,6 +237,9 @@ class StoredData:
         dim: int | None = None,
         needs: Sequence[str] = ("train",),
     ) -> None:
+        for name, number in (("batch_size", batch_size), ("mel_frames", mel_frames)):
+            if number < 1:
+                raise InputError(f"data.{name} is {number}; give 1 or more")
         if not 1 <= feature_crop <= feature_frames:
             raise InputError(f"data.feature_crop is {feature_crop}; choose 1 to data.feature_frames={feature_frames}")
         resample_indices(features, feature_crop)  # refuses now
@@ -237,8 +251,8 @@ class StoredData:
             raise InputError(f"the folder {data_dir} of stored mels and features does not exist; check data.data_dir")
         self.batch_size, self.workers, self.seed = batch_size, workers, seed
         self.data_dir, self.left_out = Path(data_dir), []
-        self._reading = {"dim": dim, "features": features, "mel_frames": mel_frames, "random_features": random_features}
-        self._reading |= {"feature_frames": feature_frames, "feature_crop": feature_crop, "seed": seed}
+        self._reading: dict[str, Any] = {"dim": dim, "features": features, "mel_frames": mel_frames, "seed": seed}
+        self._reading |= {"feature_frames": feature_frames, "feature_crop": feature_crop, "random_features": random_features}
         self._kinds, self._random_crop = () if random_features else tuple(kinds), random_crop
         self._datasets: dict[str, StoredDataset] = {}
         lines = {split: _lines(path) if (path := lists.get(split)) else [] for split in (*SPLITS, PREDICT)}
@@ -247,7 +261,7 @@ class StoredData:
             if only_class not in self.classes:
                 raise InputError(f"data.only_class={only_class} is no class of the lists." + nearest(only_class, self.classes))
             wanted = self.classes.index(only_class)
-            lines = {split: [line for line in listed if labels[line] == wanted] for split, listed in lines.items()}
+            lines = {split: [line for line in listed if labels.get(line) == wanted] for split, listed in lines.items()}
         self.clips = self._there(lines, labels)
         self._tell(lines)
         for split in needs:
@@ -295,11 +309,13 @@ class StoredData:
         )
 
     def _try(self, split: str) -> None:
-        """Raise InputError where none of the first clips can be used: then it is the settings, and no broken file."""
+        """Learn the bands of mels from the first clips; InputError where none can be used: then no broken file is to blame."""
         dataset = self.dataset(split)
         tried = [dataset.read(0, index) for index in range(min(TRIED, len(dataset)))]
-        if all(isinstance(item, str) for item in tried):
+        bands = Counter(len(item["mel"]) for item in tried if not isinstance(item, str))
+        if not bands:
             raise InputError(f"the {split} clips cannot be used: {tried[0]}")
+        dataset.n_mels = self._reading["n_mels"] = bands.most_common(1)[0][0]
 
     def dataset(self, split: str) -> StoredDataset:
         """The clips of a split, read from the files; those of training at random where that is asked for."""
@@ -319,6 +335,12 @@ class StoredData:
         dataset = self.dataset(split)
         order = EpochOrder(len(dataset), shuffle=split == "train", seed=self.seed, rank=rank, world_size=world_size)
         return ClipLoader(dataset, order, min(batch_size or self.batch_size, len(order)), self.workers)
+
+
+def class_names(lists: Mapping[str, str | None], labels_file: str | None = None) -> list[str]:
+    """What labels stand for, in order: the words of `labels_file`, or else the folders in `lists`."""
+    paths = lists.items() if labels_file is None else ()
+    return _labels({split: _lines(path) for split, path in paths if path}, labels_file)[0]
 
 
 def _lines(path: str) -> list[str]:

@@ -4,25 +4,39 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import groupby
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 from vaura.components import instantiate
+from vaura.data.clips import Batch
 from vaura.data.manifest import Clip, find_videos, read_manifest
+from vaura.data.stored import MEL, StoredData, StoredDataset
 from vaura.errors import InputError
 from vaura.media.video import HOLD, check_span, probe
 from vaura.progress import track
+from vaura.protocols import ABSENT
 
 SHORTEST = 0.01
 """Seconds below which there is nothing to hear."""
 
 Wanted = tuple[Clip, int]
 """A clip and the number of one of its samples, from 0."""
+
+
+@dataclass(frozen=True)
+class ArrayClip(Clip):
+    """A clip of a corpus of arrays, which brings its mel and its features; `video` is the file of the mel.
+
+    `read` gives what `StoredDataset` holds of it, or raises InputError. The fact `label` is the name of its class.
+    """
+
+    read: Callable[[], Batch] = field(kw_only=True)
 
 
 def find_clips(
@@ -59,8 +73,7 @@ def _named_clips(path: Path) -> Iterator[Clip]:
     """The clips of a manifest; of other files the length is not known yet."""
     if path.suffix == ".jsonl":
         for clip in read_manifest(path):
-            if Path(clip.id).is_absolute() or ".." in Path(clip.id).parts:
-                raise InputError(f"{path}: samples cannot be called '{clip.id}'; an id is a name, or a path below a folder")
+            _check_name(clip.id, path)
             yield clip
         return
     videos = find_videos(path) if path.is_dir() else [path]
@@ -69,6 +82,39 @@ def _named_clips(path: Path) -> Iterator[Clip]:
     for video, name in zip(videos, names, strict=True):
         alone = taken[name.with_suffix("")] == 1
         yield Clip((name.with_suffix("") if alone else name).as_posix(), video, duration=math.nan)
+
+
+def _check_name(name: str, path: Path) -> None:
+    """Raise InputError where samples of a clip that `path` calls `name` would lie anywhere but below their folder."""
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        raise InputError(f"{path}: samples cannot be called '{name}'; an id is a name, or a path below a folder")
+
+
+def find_arrays(data: StoredData, split: str, start: float, duration: float | None, length: float) -> list[ArrayClip]:
+    """The clips of a split of stored mels and features, each to sound for `duration` seconds, or `length`, as long as its mel.
+
+    Raises InputError where they cannot be called what the list calls them, or cannot sound for so long.
+    """
+    check_span(data.data_dir, start, duration)
+    if start:
+        raise InputError(f"start={start:g} is for videos; stored mels and features are of one span, so leave start out")
+    if duration is not None and duration < SHORTEST:
+        raise InputError(f"nothing is heard in less than {SHORTEST} s; ask for more")
+    dataset, found = data.dataset(split), []
+    for index, clip in enumerate(data.clips[split]):
+        _check_name(clip.id, data.data_dir)
+        facts = {} if clip.label == ABSENT else {"label": data.classes[clip.label]}
+        seconds = length if duration is None else duration
+        read = partial(_read, dataset, index)
+        found.append(ArrayClip(clip.id, clip.path(MEL), seconds, split=split, facts=facts, read=read))
+    return found
+
+
+def _read(dataset: StoredDataset, index: int) -> Batch:
+    item = dataset.read(0, index)
+    if isinstance(item, str):
+        raise InputError(item)
+    return item
 
 
 def open_clip(video: Path, start: float, duration: float | None) -> Clip:
