@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 from safetensors.torch import save_file
 from torch import nn
 
-from vaura.checkpoint import FOREIGN, Record, best_checkpoint, load_exactly, plain, read_checkpoint, tensors_in
+from vaura.checkpoint import FOREIGN, Record, best_checkpoint, folded, load_exactly, plain, read_checkpoint, tensors_in
 from vaura.errors import InputError
 
 # as torch.save writes since 1.6, and as it wrote before
@@ -428,3 +428,26 @@ def test_a_state_that_does_not_fit_is_told_by_its_first_key_and_changes_nothing(
     assert said.endswith("?") == told.endswith("?")
     for key, value in model.state_dict().items():
         assert torch.equal(value, before[key])
+
+
+@pytest.mark.parametrize("convolution", [nn.Conv1d, nn.ConvTranspose1d])
+def test_two_parts_of_a_weight_are_folded_as_torch_normalises(convolution):
+    normed = nn.utils.parametrizations.weight_norm(convolution(5, 3, 4))
+    g, v = normed.parametrizations.weight.parameters()
+    with torch.no_grad():
+        g *= 0.3
+        v *= 2
+    state = {"a.weight_g": g.double(), "a.weight_v": v, "a.bias": normed.bias, "b.out.weight_g": g, "b.out.weight_v": v}
+    found = folded(state, "there")
+    assert set(found) == {"a.weight", "a.bias", "b.out.weight"}
+    assert found["a.weight"].dtype == torch.float32
+    torch.testing.assert_close(found["a.weight"], normed.weight)
+    assert set(folded(state, "there", apart="out")) == {"a.weight", "a.bias", "b.out.weight_g", "b.out.weight_v"}
+    assert folded(found, "there").keys() == found.keys()
+
+
+@pytest.mark.parametrize("lost", ["a.weight_g", "a.weight_v"])
+def test_half_of_a_weight_is_none(lost):
+    state = {key: torch.ones(2, 2, 2) for key in ("a.weight_g", "a.weight_v", "a.bias") if key != lost}
+    with pytest.raises(InputError, match=rf"there lacks {re.escape(lost)}; give the whole file"):
+        folded(state, "there")

@@ -345,10 +345,13 @@ def test_mels_beside_the_videos_they_were_made_for(world, tmp_path):
     assert metrics["mel_distance_db"] == pytest.approx(0, abs=1e-4)
     np.save(samples / "test_000000_sample_1.npy", np.zeros((40, 100), np.float32))
     np.save(samples / "test_000001_sample_1.npy", np.full((80, 100), 7.0, np.float32))
+    np.save(samples / "test_000002_sample_1.npy", np.zeros((80, 100), np.float32))
+    (broken := samples / "test_000002_sample_1.npy").write_bytes(broken.read_bytes().replace(b"}", b"{", 1))
     left_out = evaluate(samples, world)["left_out"]
-    assert len(left_out) == 2
+    assert len(left_out) == 3
     assert "no mel of 80 bands" in left_out[0]
     assert "lie in [0, 1]" in left_out[1]
+    assert "cannot be read as an array" in left_out[2]
 
 
 def test_silent_samples_leave_what_is_not_defined_open(world, tmp_path):

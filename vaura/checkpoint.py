@@ -197,3 +197,24 @@ def load_exactly(module: nn.Module, state: Mapping[str, Tensor], where: str) -> 
             theirs, ours = tuple(state[key].shape), tuple(wanted[key].shape)
             raise InputError(f"{where}: {key} has the shape {theirs} there and {ours} here; give the file of this very model")
     module.load_state_dict(dict(state))
+
+
+def folded(state: Mapping[str, Tensor], where: str, apart: str | None = None) -> dict[str, Tensor]:
+    """Tensors in single precision, with one weight in place of every weight_g and weight_v, its length and its direction.
+
+    What is one already stays so, and what is in two where a name ends with `apart`. Both count from the first axis, which of a
+    transposed convolution is its inputs (weight normalisation: Salimans and Kingma 2016). Raises InputError, its sentence
+    beginning with `where`, where one of the two is missing.
+    """
+    ours = {}
+    for key, tensor in state.items():
+        name, _, last = key.rpartition(".")
+        if last not in ("weight_g", "weight_v") or (apart is not None and name.endswith(apart)):
+            ours[key] = tensor.float()
+            continue
+        for part in ("weight_g", "weight_v"):
+            if f"{name}.{part}" not in state:
+                raise InputError(f"{where} lacks {name}.{part}; give the whole file")
+        if last == "weight_v":
+            ours[f"{name}.weight"] = torch._weight_norm(tensor.float(), state[f"{name}.weight_g"].float(), 0)
+    return ours

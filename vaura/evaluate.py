@@ -15,7 +15,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from omegaconf import DictConfig, OmegaConf
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 
 from vaura.components import check_components, instantiate
 from vaura.data.manifest import VIDEO_SUFFIXES, Clip, names_of, read_manifest, scan_folder
+from vaura.data.stored import read_mel
 from vaura.errors import InputError
 from vaura.files import write_aside
 from vaura.media.audio import read_audio
@@ -42,6 +42,7 @@ SAMPLE_RATE = 16_000  # hertz, at which everything is listened to
 SILENCE = 1e-3  # of full scale: sound whose peak lies below is none
 NUMBER = re.compile(r"_\d+$")  # of a sample, where a video has several
 MEL = ".npy"
+GENERATED = (-1.0, 2.0)  # bounds of a mel: a generated one may lie a little beyond [0, 1]
 SOUND_SUFFIXES = (".wav", ".flac", ".mp3", ".ogg", ".opus", ".m4a", ".aac")
 WAVEFORM = "_audio"  # ends the name of an array that is no mel but sound, beside SpecVQGAN's mels
 
@@ -284,7 +285,7 @@ class Listener:
     def _mel(self, path: Path, span: Span) -> Tensor:
         """The mel (n_mels, M) of a file, or of a span of it."""
         if path.suffix == MEL:
-            mel = read_mel(path, self.mel.n_mels)
+            mel = read_mel(path, self.mel.n_mels, GENERATED)
             return mel[:, count(span[0], self.mel.sample_rate / self.mel.hop_length) :]
         wav = read_audio(path, *span, self.mel.sample_rate, channels=1)[0]
         return self.mel(wav[: count(self.seconds, self.mel.sample_rate)])[:, :-1]
@@ -310,20 +311,6 @@ class Listener:
 def middle(mel: Tensor, columns: int) -> Tensor:
     """The middle `columns` of mel (n_mels, M), or all of it where there are fewer."""
     return mel[:, (mel.shape[1] - columns) // 2 :][:, :columns] if mel.shape[1] > columns else mel
-
-
-def read_mel(path: Path, n_mels: int) -> Tensor:
-    """A stored mel (n_mels, M), about in [0, 1]: a generated one may lie a little beyond. InputError for another array."""
-    try:
-        mel = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise InputError(f"{path} cannot be read as an array ({error}); replace the file") from error
-    if not isinstance(mel, np.ndarray) or mel.ndim != 2 or len(mel) != n_mels or mel.dtype.kind != "f" or not mel.size:
-        shape = getattr(mel, "shape", ())
-        raise InputError(f"{path} holds no mel of {n_mels} bands but an array of {shape}; leave it out of the folder")
-    if not np.isfinite(mel).all() or mel.min() < -1 or mel.max() > 2:
-        raise InputError(f"{path} reaches from {mel.min():.3g} to {mel.max():.3g}; mels here lie in [0, 1]: make it anew")
-    return torch.from_numpy(mel.astype(np.float32))
 
 
 # --- several processes ---

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from vaura.encoder.bn_inception import SIZE, BNInception, Network, resized_as_pillow
 from vaura.errors import InputError
+from vaura.media.pixels import scaled
 from vaura.protocols import Encoder
 
 
@@ -51,7 +52,7 @@ def test_no_picture_gives_no_feature(file):
     assert BNInception(file)(pictures(1, 0, 3, 30, 40)).shape == (1, 0, 1024)
 
 
-@pytest.mark.parametrize("size", [(180, 320), (320, 180), (224, 300), (97, 61), (448, 448), (225, 223)])
+@pytest.mark.parametrize("size", [(180, 320), (320, 180), (224, 300), (97, 61), (448, 448), (225, 223), (720, 406)])
 def test_resizing_is_pillows_to_the_level(size):
     Image = pytest.importorskip("PIL.Image", reason="Pillow is not installed")
     image = pictures(3, *size)
@@ -61,6 +62,14 @@ def test_resizing_is_pillows_to_the_level(size):
         wanted = wanted.resize(width_height, Image.Resampling.BILINEAR)
     found = resized_as_pillow(image, SIZE, SIZE)
     assert np.array_equal(found.permute(1, 2, 0).numpy(), np.asarray(wanted))
+
+
+@pytest.mark.parametrize("size", [(180, 320), (360, 640), (720, 406)])
+def test_what_a_reader_scales_is_hardly_another_picture(size):
+    image = pictures(3, *size)
+    apart = (scaled(image, (SIZE, SIZE)).int() - resized_as_pillow(image, SIZE, SIZE).int()).abs()
+    assert apart.max() <= 1
+    assert apart.float().mean() < 0.01
 
 
 def test_resizing_keeps_a_flat_picture_flat():

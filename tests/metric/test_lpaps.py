@@ -6,7 +6,7 @@ import torch
 
 from vaura.errors import InputError
 from vaura.metric.lpaps import LPAPS, published_keys
-from vaura.metric.vggishish import POOL, VGGishish, read_statistics, statistics_of
+from vaura.metric.vggishish import POOL, VGGishish
 
 LAYERS = (4, POOL, 6, 6)
 BANDS = 16
@@ -103,16 +103,9 @@ def test_the_published_container_is_unwrapped(files, tmp_path):
     assert torch.equal(ours.features[0].weight, inner["features.0.weight"])
 
 
-def test_statistics_are_means_over_clips(tmp_path):
-    clips = [torch.tensor([[0.0, 1.0], [0.5, 0.5]]), torch.tensor([[0.2, 0.2, 0.2], [0.0, 0.0, 0.9]])]
-    mean, std = statistics_of(clips)
-    torch.testing.assert_close(mean, torch.tensor([0.35, 0.4]))
-    torch.testing.assert_close(std, torch.tensor([0.25, (0.5 * 0 + 0.18**0.5) / 2]))
-    with pytest.raises(InputError, match="no mel"):
-        statistics_of([])
-    (tmp_path / "bad.txt").write_text("0.1 0.2\n0.3\n")
-    with pytest.raises(InputError, match="a line for each mel band"):
-        read_statistics(tmp_path / "bad.txt")
-    (tmp_path / "bad.txt").write_text("0.1 0.0\n")
-    with pytest.raises(InputError, match="not above 0"):
-        read_statistics(tmp_path / "bad.txt")
+def test_a_band_that_never_changes_is_refused(files, tmp_path):
+    state = torch.load(files["codebook.ckpt"], weights_only=True)["state_dict"]
+    state["loss.perceptual_loss.scaling_layer.scale"][0, 0, 9] = 0
+    torch.save({"state_dict": state}, tmp_path / "flat.ckpt")
+    with pytest.raises(InputError, match=r"LPAPS: mel band 9 has the mean .* and the deviation 0, which is to be above 0"):
+        LPAPS(str(tmp_path / "flat.ckpt"), files["lpaps.pt"], layers=LAYERS)

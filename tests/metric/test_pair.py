@@ -4,10 +4,12 @@ import pytest
 import torch
 
 from vaura.media.mel import DecibelMel
+from vaura.metric.distribution import Bootstrap, Settings
 from vaura.metric.envelope import correlation, envelope, lag
 from vaura.metric.level import loudness_difference, silence_share
 from vaura.metric.pair import compare_mels, compare_sounds
 from vaura.metric.stft import multi_resolution_distance
+from vaura.metric.summary import Heard, Record, summary
 
 RATE = 16_000
 
@@ -70,6 +72,18 @@ def test_the_distance_of_a_sound_that_is_half_as_loud():
     assert multi_resolution_distance(torch.zeros_like(wav), wav).convergence == pytest.approx(1, abs=1e-3)
     with pytest.raises(ValueError, match="empty"):
         multi_resolution_distance(wav[:0], wav)
+
+
+@pytest.mark.parametrize("level", [0.0, 1e-4])
+def test_from_silence_no_share_is_told(level):
+    """A share of nothing would be thousands, and all that a mean is made of."""
+    wav, truth = bursts(), level * (2 * torch.rand(2 * RATE, generator=torch.Generator().manual_seed(1)) - 1)
+    found = compare_sounds(wav, truth, RATE)
+    assert math.isnan(found["stft_convergence"])
+    assert math.isfinite(found["stft_log_magnitude"])
+    told = [Record(str(n), str(n), compare_sounds(wav, other, RATE)) for n, other in enumerate((truth, wav / 2))]
+    over_all = summary(Heard(told, {}, {}, []), 0.1, Bootstrap(resamples=10), Settings())
+    assert over_all["stft_convergence"] == pytest.approx(1, abs=1e-3)
 
 
 def test_loudness_and_silence():

@@ -163,8 +163,73 @@ def test_a_missing_tensor_is_named(published, lost, told):
 def test_missing_settings_are_named(published):
     told = settings(265 + FEATURES)
     del told["model"]["params"]["transformer_config"]["params"]["GPT_config"]["n_head"]
-    with pytest.raises(InputError, match="the settings of this experiment lack n_head"):
+    with pytest.raises(InputError, match=r"the settings of this experiment lack model\..*GPT_config\.n_head"):
         experiment.load(published(tensors(FEATS, 265 + FEATURES), told))
+
+
+GPT = ("transformer_config", "params", "GPT_config")
+CODER = ("first_stage_config", "params", "ddconfig")
+PERMUTER = ("first_stage_permuter_config", "params")
+
+
+@pytest.mark.parametrize(
+    ("place", "key", "value", "said"),
+    [
+        (PERMUTER, "H", None, r"lack model\..*\.H,"),
+        (PERMUTER, "H", "five", r"say model\..*\.H='five', not a whole number above 0"),
+        (PERMUTER, "W", 5.5, r"\.W=5\.5, not a whole number"),
+        (CODER, "attn_resolutions", 53, r"\.attn_resolutions=53, not a list of numbers"),
+        (CODER, "ch_mult", [1, "x"], r"\.ch_mult='x', not a whole number"),
+        (CODER, "resolution", [848], r"\.resolution=\[848\], not a whole number"),
+        (GPT, "n_embd", 0, r"\.n_embd=0, not a whole number above 0"),
+        (GPT, "n_embd", 12, r"embeds features by \(16, 6\), but model\..*\.n_embd is 12"),
+        (GPT, "n_layer", True, r"\.n_layer=True, not a whole number"),
+        (GPT, "block_size", "${nope}", r"\.block_size='\$\{nope\}', not a"),
+    ],
+)
+def test_settings_that_are_no_numbers_are_named(published, place, key, value, said):
+    told = settings(265 + FEATURES)
+    node = told["model"]["params"]
+    for part in place:
+        node[part] = dict(node[part])
+        node = node[part]
+    node[key] = value
+    with pytest.raises(InputError, match=said):
+        read_published(published(tensors(FEATS, 265 + FEATURES), told))
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("- 1\n- 2\n", r"2021-.*-project\.yaml holds no settings by name"),
+        ("hello", "holds no settings by name"),
+        ("", "tells no settings of a model"),
+        ("a: [1", "is no YAML"),
+        ("\x00", "is no YAML"),
+        ("!!python/object/apply:os.system ['touch pwned']", "is no YAML"),
+    ],
+)
+def test_settings_that_cannot_be_read_are_told(published, text, said):
+    folder = published(tensors(FEATS, 265 + FEATURES), {})
+    (folder / "configs" / "2021-07-30T21-03-22-project.yaml").write_text(text)
+    with pytest.raises(InputError, match=said):
+        read_published(folder)
+    assert not Path("pwned").exists()
+
+
+def test_what_no_model_is_built_of_may_be_anything(published):
+    told = settings(265 + FEATURES)
+    told["lightning"] = {"odd": "${nope", "odder": "${nope}"}
+    assert read_published(published(tensors(FEATS, 265 + FEATURES), told)).config.conditioner.features == FEATURES
+
+
+def test_later_settings_lie_over_earlier_ones(published):
+    """As of a run that was taken up again: only what they say is another."""
+    told = settings(265)
+    folder = published(tensors(FEATS, 265 + FEATURES), told)
+    later = {"model": {"params": {"transformer_config": {"params": {"GPT_config": {"block_size": 265 + FEATURES}}}}}}
+    (folder / "configs" / "2021-08-01T00-00-00-project.yaml").write_text(yaml.safe_dump(later))
+    assert read_published(folder).config.conditioner.features == FEATURES
 
 
 def test_the_importer_makes_an_experiment_that_draws_the_same(published, tmp_path_factory):

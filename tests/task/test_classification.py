@@ -12,8 +12,9 @@ from vaura.components import check_components, instantiate
 from vaura.config import compose, load_config
 from vaura.data.stored import MEL, StoredClip, StoredData
 from vaura.errors import InputError
+from vaura.metric.classifier import statistics_of
 from vaura.metric.melception import Melception
-from vaura.metric.vggishish import VGGishish, statistics_of
+from vaura.metric.vggishish import VGGishish
 from vaura.task.classification import Classification
 
 

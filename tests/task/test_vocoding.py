@@ -15,8 +15,8 @@ from vaura.task.callbacks import FiniteLoss, GradientNorm
 from vaura.task.discriminators import MelGANDiscriminator
 from vaura.task.optimizer import Optimizer
 from vaura.task.vocoding import Exponential, Vocoding
-from vaura.vocoder.generator import Generator
 from vaura.vocoder.hifigan import HiFiGAN
+from vaura.vocoder.learnt import LearntVocoder
 from vaura.vocoder.melgan import MelGAN
 
 RATE, BANDS, STEPS = 22_050, 20, 40
@@ -247,5 +247,5 @@ def test_a_mel_of_another_hop_is_refused():
 def test_only_what_learns_is_in_a_checkpoint():
     task = make()
     assert {key.split(".")[0] for key in task.state_dict()} == {"vocoder", "adversary"}
-    assert isinstance(task.vocoder, Generator)
+    assert isinstance(task.vocoder, LearntVocoder)
     assert all(isinstance(value, Tensor) for value in task.state_dict().values())

@@ -6,10 +6,9 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from vaura.errors import InputError
-from vaura.vocoder.generator import folded
 from vaura.vocoder.hifigan import HiFiGAN
 from vaura.vocoder.melgan import MelGAN, read_arguments
 
@@ -86,19 +85,6 @@ def test_the_published_size():
         sum(p.numel() for p in vocoder.parameters()) + sum(p.shape[0] for p in vocoder.parameters() if p.ndim == 3) == 4_266_050
     )
     assert vocoder.hop_length == 256
-
-
-def test_folds_as_torch_normalises():
-    for conv in (nn.Conv1d(5, 3, 4), nn.ConvTranspose1d(5, 3, 4)):
-        normed = nn.utils.parametrizations.weight_norm(conv)
-        g, v = (
-            part.detach() * factor for part, factor in zip(conv.parametrizations.weight.parameters(), (0.3, 2.0), strict=True)
-        )
-        for part, value in zip(conv.parametrizations.weight.parameters(), (g, v), strict=True):
-            part.data.copy_(value)
-        state = folded({"a.weight_g": g, "a.weight_v": v, "a.bias": conv.bias}, "there")
-        torch.testing.assert_close(state["a.weight"], normed.weight)
-        assert set(state) == {"a.weight", "a.bias"}
 
 
 def test_reads_published_weights(tmp_path):

@@ -84,7 +84,11 @@ class BNInception(nn.Module):
         return torch.cat(features).reshape(*video.shape[:2], self.dim)
 
     def shown(self, pictures: Tensor) -> Tensor:
-        """pictures (N, C, H, W) uint8 -> what the network is shown of them, (N, C, 224, 224) float32."""
+        """pictures (N, C, H, W) uint8 -> what the network is shown of them, (N, C, 224, 224) float32.
+
+        Pictures of another size are scaled as TSN does. Those that the house reads from a video have theirs already, by
+        `vaura.media.pixels.scaled`, of which at most one value in a hundred is another, by one level.
+        """
         pictures = resized_as_pillow(pictures, SIZE, SIZE)
         if self.modality == "flow":
             return pictures.float() - FLOW_MEAN
@@ -203,9 +207,10 @@ BITS = 22  # of the fraction in which Pillow keeps a weight
 
 
 def resized_as_pillow(image: Tensor, height: int, width: int) -> Tensor:
-    """image (..., H, W) uint8 in another size, to the very levels of Pillow's BILINEAR.
+    """image (..., H, W) uint8 in another size, to the levels of Pillow's BILINEAR before version 13.
 
-    A triangle as wide as a new pixel, in fixed point: first along the rows, which are rounded, then along the columns.
+    A triangle as wide as a new pixel, in fixed point: first along the rows, which are rounded, then along the columns. Later
+    versions begin with the columns where that leaves less to do, and are then a level apart here and there.
     """
     if image.shape[-2:] == (height, width):
         return image

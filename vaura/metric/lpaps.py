@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from vaura.checkpoint import load_exactly
 from vaura.errors import InputError
-from vaura.metric.vggishish import LAYERS, POOL, read_statistics, read_weights, standardised, statistics_in, trunk
+from vaura.metric.classifier import check_statistics, read_statistics, read_weights, standardised, statistics_in
+from vaura.metric.vggishish import LAYERS, POOL, trunk
 
 PREFIXES = ("loss.perceptual_loss.", "perceptual_loss.")
 HINT = "without it LPAPS would compare by chance, as the published codebooks were trained; set the weight to 0 to do without"
@@ -57,6 +58,7 @@ class LPAPS(nn.Module):
         found = read_statistics(statistics) if statistics is not None else statistics_in(seeing) or statistics_in(weighing)
         if found is None:
             raise InputError(f"LPAPS: neither {trunk} nor {linear} says how mels are normalised; give statistics=FILE as well")
+        check_statistics(*found, "LPAPS")
         self.register_buffer("mean", found[0])
         self.register_buffer("std", found[1])
         load_exactly(self.net, _convolutions_in(seeing), f"LPAPS trunk: {trunk}")

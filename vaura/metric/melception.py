@@ -7,19 +7,15 @@ published file. Each block is a table: paths side by side, whose results are sta
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from pathlib import Path
+from collections.abc import Collection
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vaura.checkpoint import load_exactly, read_checkpoint, tensors_in
 from vaura.errors import InputError
-from vaura.metric.vggishish import read_statistics, standardised
-
-NORMALISED = ("mean", "std")
+from vaura.metric.classifier import Classifier, read_weights
 
 
 class Conv(NamedTuple):
@@ -94,22 +90,20 @@ def coarse() -> list[PATH]:
     ]
 
 
-class Melception(nn.Module):
-    """mel (B, n_mels, M) in [0, 1] -> logits (B, num_classes).
+class Melception(Classifier):
+    """mel (B, n_mels, M) in [0, 1] -> logits (B, num_classes), its bands normalised as `Classifier` says.
 
-    Every band is first brought to mean 0 and deviation 1 by `mean` and `std` (n_mels,), those of a corpus: from `statistics`, a
-    file that `read_statistics` reads; from `weights` that hold them; or set by `normalise_by`. Raises InputError where weights
-    are given and neither they nor a file have them, and on use before they are set. A mel has 75 bands and 75 frames at least.
+    A mel has 75 bands and 75 frames at least. Raises InputError where weights are given and neither they nor a file say the
+    statistics, and on use before they are set.
 
     Args:
         num_classes: of the logits; None: as many as the weights have.
         weights: the published file, or what a training of the house saved.
-        statistics: see above.
+        statistics: a file of them, see `vaura.metric.classifier.read_statistics`.
         n_mels: bands of a mel.
     """
 
-    mean: Tensor  # (n_mels,)
-    std: Tensor  # (n_mels,)
+    called = "Melception"
 
     def __init__(
         self,
@@ -118,7 +112,7 @@ class Melception(nn.Module):
         statistics: str | None = None,
         n_mels: int = 80,
     ) -> None:
-        super().__init__()
+        super().__init__(n_mels, statistics)
         state = None if weights is None else read_weights(weights)
         if num_classes is None:
             if state is None or "fc.weight" not in state:
@@ -145,33 +139,9 @@ class Melception(nn.Module):
         self.Mixed_7c = Block(2048, coarse())
         self.dropout = nn.Dropout(0.5)
         self.fc = nn.Linear(2048, num_classes)
-        self.register_buffer("mean", torch.full((n_mels,), torch.nan))
-        self.register_buffer("std", torch.full((n_mels,), torch.nan))
         begin(self)
-        if statistics is not None:
-            self.normalise_by(*read_statistics(statistics))
         if state is not None:
-            self.load_weights(state, str(weights))
-
-    def normalise_by(self, mean: Tensor, std: Tensor) -> None:
-        """Set what every band (n_mels,) is normalised by. Raises InputError where there are not as many bands."""
-        if mean.shape != self.mean.shape:
-            raise InputError(f"the statistics are of {len(mean)} mel bands, and mels here have {len(self.mean)}")
-        self.mean.copy_(mean)
-        self.std.copy_(std)
-
-    def load(self, path: str | Path) -> None:
-        """Read weights; raises InputError where they are not of this network, or nothing says the statistics."""
-        self.load_weights(read_weights(path), str(path))
-
-    def load_weights(self, state: Mapping[str, Tensor], where: str) -> None:
-        """Take tensors by their published names; raises InputError as `load` does."""
-        state = dict(state)
-        for name in NORMALISED:
-            state.setdefault(name, getattr(self, name))
-        load_exactly(self, state, f"Melception weights: {where}")
-        if self.mean.isnan().any():
-            raise InputError(f"Melception weights: {where} does not say how mels are normalised; give statistics=FILE as well")
+            self.take(state, str(weights))
 
     def forward(self, mel: Tensor) -> Tensor:
         return self.fc(self.dropout(self.pooled(self.coarsened(self.trunk(mel)))))
@@ -199,11 +169,7 @@ class Melception(nn.Module):
 
     def stem(self, mel: Tensor, found: dict[str, Tensor] | None = None) -> Tensor:
         """mel (B, n_mels, M) -> (B, 192, n_mels / 2, M / 2), about; means of it on the way go into `found`."""
-        if self.mean.isnan().any():
-            raise InputError(
-                "Melception does not know how mels are normalised; give statistics=FILE, or weights that hold them"
-            )
-        x = standardised(mel, self.mean, self.std).to(self.fc.weight.dtype).unsqueeze(1)
+        x = self.normalised(mel).to(self.fc.weight.dtype).unsqueeze(1)
         x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))
         if found is not None:
             found["64"] = self.pooled(x)
@@ -226,14 +192,6 @@ class Melception(nn.Module):
 
     def pooled(self, x: Tensor) -> Tensor:
         return x.mean((2, 3))
-
-
-def read_weights(path: str | Path) -> dict[str, Tensor]:
-    """The tensors of the published file, which keeps them under `model` beside its optimizer, or of one of the house."""
-    model = read_checkpoint(path).get("model")
-    if isinstance(model, Mapping):
-        return {str(key).removeprefix("module."): value for key, value in model.items() if isinstance(value, Tensor)}
-    return tensors_in(path, ("network.", "module.", ""))
 
 
 class Unit(nn.Module):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vaura.media.mel import stft
+from vaura.metric.level import SILENT
 
 RESOLUTIONS = ((512, 50, 240), (1024, 120, 600), (2048, 240, 1200))
 """Samples of transform, hop and window: Parallel WaveGAN's, for 24 kHz."""
@@ -26,7 +28,7 @@ class SpectralDistance(NamedTuple):
 def multi_resolution_distance(wav: Tensor, truth: Tensor) -> SpectralDistance:
     """The distance of wavs (N,), the longer one cut; raises ValueError where nothing is left.
 
-    Of a silent truth the convergence is measured against the floor, and means nothing but "far".
+    The convergence, which divides by the truth, is nan where no sample of that is as loud as `SILENT`.
     """
     samples = min(len(wav), len(truth))
     if not samples:
@@ -38,4 +40,5 @@ def multi_resolution_distance(wav: Tensor, truth: Tensor) -> SpectralDistance:
         ours, theirs = stft(pair, window, hop).abs().square().clamp_min(FLOOR).sqrt()
         found.append(torch.stack([(theirs - ours).norm() / theirs.norm(), (theirs.log() - ours.log()).abs().mean()]))
     convergence, log_magnitude = torch.stack(found).mean(0).tolist()
-    return SpectralDistance(convergence, log_magnitude)
+    silent = float(truth[:samples].abs().max()) < SILENT
+    return SpectralDistance(math.nan if silent else convergence, log_magnitude)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from vaura.metric.bootstrap import bootstrap
 from vaura.metric.distribution import Bootstrap, Settings, compare_features
+from vaura.metric.divergence import by_key
 from vaura.metric.features import Features
 from vaura.metric.onset import match, onset_f1
 
@@ -82,12 +83,11 @@ def summary(heard: Heard, tolerance: float, intervals: Bootstrap, settings: Sett
     figures["silent"] = sum(record.silent for record in records)
     if heard.samples:
         names = [name for name in clips if name in heard.originals]
-        places = {name: place for place, name in enumerate(names)}
         shown = [record for record in records if record.sample in heard.samples]
         distributed, more = compare_features(
             Features.stacked([heard.samples[record.sample] for record in shown]),
             Features.stacked([heard.originals[name] for name in names]),
-            [places[record.clip] for record in shown],
+            by_key([record.clip for record in shown], names),
             settings,
             intervals,
         )

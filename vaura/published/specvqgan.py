@@ -17,7 +17,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
-from vaura.checkpoint import CHECKPOINTS, best_checkpoint, plain, read_checkpoint
+from vaura.checkpoint import CHECKPOINTS, best_checkpoint, read_checkpoint
 from vaura.command import CONFIGS
 from vaura.config import compose
 from vaura.errors import InputError
@@ -25,6 +25,7 @@ from vaura.published.reading import Reading, wanted
 
 RECIPES = CONFIGS / "experiments/specvqgan"
 CODEBOOK = "first_stage_model."
+RESOLUTION = 848  # columns of a mel, where the settings do not say
 
 # The house's name of each tensor, where the two are the same but for the name.
 RENAMED = (
@@ -90,16 +91,27 @@ def is_published(folder: Path) -> bool:
 
 def read_settings(folder: Path) -> dict[str, Any]:
     """The model's settings, of all files of the run, the later over the earlier. Raises InputError where there are none."""
-    merged = OmegaConf.create()
+    found: dict[str, Any] = {}
     for path in sorted((folder / "configs").glob("*-project.yaml")):
         try:
-            merged = OmegaConf.merge(merged, OmegaConf.load(path))
-        except yaml.YAMLError as error:
+            told = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
             raise InputError(f"{path} is no YAML ({' '.join(str(error).split())}); restore it from the archive") from error
-    found = plain(OmegaConf.to_container(merged, resolve=False))
-    if not isinstance(found, dict) or "model" not in found:
+        if not isinstance(told, dict | None):
+            raise InputError(f"{path} holds no settings by name; restore it from the archive")
+        found = _over(found, told or {})
+    if "model" not in found:
         raise InputError(f"{folder}/configs tells no settings of a model; restore *-project.yaml from the archive")
     return found
+
+
+def _over(earlier: Mapping[str, Any], later: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings with later ones over them, branch by branch."""
+    merged = dict(earlier)
+    for key, value in later.items():
+        known = merged.get(key)
+        merged[key] = _over(known, value) if isinstance(known, dict) and isinstance(value, dict) else value
+    return merged
 
 
 def read_published(folder: Path, checkpoint: Path | None = None) -> Reading:
@@ -120,23 +132,25 @@ def read_published(folder: Path, checkpoint: Path | None = None) -> Reading:
 
 def translate_settings(settings: Mapping[str, Any], state: Mapping[str, Tensor], checkpoint: Path) -> DictConfig:
     """The house's config: the recipe of its corpus, with what `settings` and the tensors' shapes say."""
-    gpt = wanted(settings, "model.params.transformer_config.params.GPT_config")
-    codebook = wanted(settings, "model.params.first_stage_config.params")
-    network = wanted(codebook, "ddconfig")
-    permuter = wanted(settings, "model.params.first_stage_permuter_config.params")
-    rows, columns = int(permuter["H"]), int(permuter["W"])
+    gpt = "model.params.transformer_config.params.GPT_config"
+    codebook = "model.params.first_stage_config.params"
+    network = f"{codebook}.ddconfig"
+    permuter = "model.params.first_stage_permuter_config.params"
+    rows, columns = whole_number(settings, f"{permuter}.H"), whole_number(settings, f"{permuter}.W")
     corpus = "vggsound" if "vggsound" in str(settings.get("data")).lower() else "vas"
     embed = state.get("conditioner.embed.weight", state.get("conditioner.embed.weight_ih_l0"))
     classes = state.get("conditioner.class_embed.weight")
-    block = int(wanted(gpt, "block_size"))
+    block = whole_number(settings, f"{gpt}.block_size")
     features = 0 if embed is None else block - rows * columns - (classes is not None)
-    sides = [int(network.get("resolution", 848)) >> level for level in range(len(wanted(network, "ch_mult")))]
-    attention = [level for level, side in enumerate(sides) if side in wanted(network, "attn_resolutions")]
+    multipliers = whole_numbers(settings, f"{network}.ch_mult")
+    side = whole_number(settings, f"{network}.resolution") if "resolution" in wanted(settings, network) else RESOLUTION
+    attended = whole_numbers(settings, f"{network}.attn_resolutions")
+    attention = [level for level in range(len(multipliers)) if side >> level in attended]
     config = compose(RECIPES / f"{corpus}_transformer.yaml")
     names = {"num_layers": "n_layer", "dim": "n_embd", "num_heads": "n_head"}
     changes: dict[str, Any] = {
         "name": "imported",
-        "lm": {ours: int(wanted(gpt, theirs)) for ours, theirs in names.items()} | {"max_positions": block},
+        "lm": {ours: whole_number(settings, f"{gpt}.{theirs}") for ours, theirs in names.items()} | {"max_positions": block},
         "conditioner": {
             "features": features,
             "classes": 0 if classes is None else len(classes),
@@ -144,20 +158,23 @@ def translate_settings(settings: Mapping[str, Any], state: Mapping[str, Tensor],
             "learn_null": False,
         },
         "tokenizer": {
-            "codebook_size": int(wanted(codebook, "n_embed")),
-            "codebook_dim": int(wanted(codebook, "embed_dim")),
-            "width": int(wanted(network, "ch")),
-            "multipliers": [int(number) for number in wanted(network, "ch_mult")],
-            "blocks": int(wanted(network, "num_res_blocks")),
+            "codebook_size": whole_number(settings, f"{codebook}.n_embed"),
+            "codebook_dim": whole_number(settings, f"{codebook}.embed_dim"),
+            "width": whole_number(settings, f"{network}.ch"),
+            "multipliers": multipliers,
+            "blocks": whole_number(settings, f"{network}.num_res_blocks"),
             "attention": attention,
-            "latent_dim": int(wanted(network, "z_channels")),
+            "latent_dim": whole_number(settings, f"{network}.z_channels"),
             "window": columns,
             "weights": str(checkpoint),
         },
     }
     if embed is not None:
         gates = {1: "linear", 3: "gru", 4: "lstm"}
-        changes["conditioner"]["embed"] = gates[len(embed) // changes["lm"]["dim"]]
+        width = changes["lm"]["dim"]
+        if len(embed) not in [number * width for number in gates]:
+            raise InputError(f"{checkpoint} embeds features by {tuple(embed.shape)}, but {gpt}.n_embd is {width}; correct that")
+        changes["conditioner"]["embed"] = gates[len(embed) // width]
         changes["encoder"] = {"dim": embed.shape[1]}
     if "resnet50" in str(settings.get("data")):
         changes["encoder"] = {"kinds": ["feature_resnet50_dim2048_21.5fps"], "instead": "resnet50", "dim": 2048}
@@ -166,6 +183,27 @@ def translate_settings(settings: Mapping[str, Any], state: Mapping[str, Tensor],
     merged = OmegaConf.merge(config, changes)
     assert isinstance(merged, DictConfig)
     return merged
+
+
+def whole_number(settings: Mapping[str, Any], key: str) -> int:
+    """The setting of a dotted key, 1 or more. Raises InputError where it is absent or something else."""
+    return _counted(wanted(settings, key), key)
+
+
+def whole_numbers(settings: Mapping[str, Any], key: str) -> list[int]:
+    """The settings listed under a dotted key, each 1 or more. Raises InputError where they are absent or something else."""
+    found = wanted(settings, key)
+    if not isinstance(found, list):
+        raise InputError(f"the settings of this experiment say {key}={found!r}, not a list of numbers; correct *-project.yaml")
+    return [_counted(value, key) for value in found]
+
+
+def _counted(value: Any, key: str) -> int:
+    if type(value) is not int or value < 1:  # true is an int too
+        raise InputError(
+            f"the settings of this experiment say {key}={value!r}, not a whole number above 0; correct *-project.yaml"
+        )
+    return value
 
 
 def _says(tree: Any, key: str) -> bool:

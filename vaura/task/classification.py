@@ -19,7 +19,7 @@ from vaura.data.clips import Batch
 from vaura.errors import InputError
 from vaura.files import write_aside
 from vaura.metric.classification import classification_scores, rarity, weighted_cross_entropy
-from vaura.metric.vggishish import statistics_of
+from vaura.metric.classifier import statistics_of
 
 
 class Classification(LightningModule):

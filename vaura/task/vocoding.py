@@ -20,7 +20,7 @@ from vaura.errors import InputError
 from vaura.media.mel import DecibelMel
 from vaura.task.adversary import Adversary
 from vaura.task.optimizer import Optimizer
-from vaura.vocoder.generator import Generator
+from vaura.vocoder.learnt import LearntVocoder
 
 SILENT = 1e-6  # amplitude; what is quieter is not made loud
 NATS = 100 / 20 * math.log(10)  # of magnitude, in a mel's whole range [0, 1], which is 100 decibels
@@ -60,7 +60,7 @@ class Vocoding(LightningModule):
 
     def __init__(
         self,
-        vocoder: Generator,
+        vocoder: LearntVocoder,
         mel: DecibelMel,
         adversary: Adversary,
         optimizer: Optimizer,

@@ -13,18 +13,20 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vaura.checkpoint import load_exactly, plain, read_checkpoint, tensors_in
+from vaura.checkpoint import folded, load_exactly, plain, read_checkpoint, tensors_in
 from vaura.errors import InputError
 from vaura.files import cache_folder, write_aside
 from vaura.media.pieces import join, stream
 from vaura.precision import compile_in_place, name_of, precision_of
 from vaura.protocols import Codebook
 from vaura.timing import cover
-from vaura.tokenizer.dac_network import Codec, Sizes, folded
+from vaura.tokenizer.dac_network import Codec, Sizes
 from vaura.weights import fetch
 
 RELEASES = "https://github.com/descriptinc/descript-audio-codec/releases/download/"
 PREFIXES = ("audio_encoder.model.", "model.", "")  # in a checkpoint of V-AURA; in one of a training; in the published file
+
+APART = "out_proj"  # ends the names of what a token LM may begin with, see `Codebook`: their weights stay in two
 
 
 @dataclass(frozen=True)
@@ -179,7 +181,7 @@ class DAC(nn.Module):
         where = f"tokenizer.weights: {path}"
         if not Path(path).is_file():
             raise InputError(f"tokenizer.weights: there is no file {path}; leave it null to fetch the published one")
-        state = folded(tensors_in(path, PREFIXES), where)
+        state = folded(tensors_in(path, PREFIXES), where, apart=APART)
         made_for = stated_rate(path)
         if made_for not in (None, self.sample_rate):
             right = [name for name, published in PUBLISHED.items() if published.sample_rate == made_for]

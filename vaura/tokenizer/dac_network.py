@@ -43,7 +43,7 @@ class Sizes:
 
     @classmethod
     def of(cls, state: Mapping[str, Tensor], where: str) -> Sizes:
-        """The sizes that the shapes of `folded` tensors tell.
+        """The sizes that the shapes of `vaura.checkpoint.folded` tensors tell.
 
         Raises InputError, its sentence beginning with `where`, where a tensor is missing or encoder and decoder disagree.
         """
@@ -73,23 +73,6 @@ class Sizes:
             codebook_size=codebook_size,
             codebook_dim=codebook_dim,
         )
-
-
-def folded(state: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
-    """Published tensors as the network holds them, in single precision: weight_g and weight_v become one weight.
-
-    What is folded already stays as it is. Raises InputError, its sentence beginning with `where`, where one of two is missing.
-    """
-    ours = {}
-    for key, tensor in state.items():
-        name, _, last = key.rpartition(".")
-        if last not in ("weight_g", "weight_v") or name.endswith("out_proj"):
-            ours[key] = tensor.float()
-        elif last == "weight_v":
-            if f"{name}.weight_g" not in state:
-                raise InputError(f"{where} lacks {name}.weight_g")
-            ours[f"{name}.weight"] = normalised(tensor.float(), state[f"{name}.weight_g"].float())
-    return ours
 
 
 def normalised(direction: Tensor, length: Tensor) -> Tensor:

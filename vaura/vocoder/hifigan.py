@@ -14,13 +14,13 @@ from torch.nn import functional as F
 
 from vaura.errors import InputError
 from vaura.media.pieces import Reach, chain, reach
-from vaura.vocoder.generator import Generator, whole_numbers
+from vaura.vocoder.learnt import LearntVocoder, whole_numbers
 
 SLOPE = 0.1  # of the leaky rectifiers, but for the last
 LAST_SLOPE = 0.01
 
 
-class HiFiGAN(Generator):
+class HiFiGAN(LearntVocoder):
     """Mel (B, n_mels, M) in [0, 1] -> wav (B, 1, M * hop_length); the defaults are V1 of the paper's appendix.
 
     Args:

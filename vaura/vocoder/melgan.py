@@ -17,14 +17,14 @@ from torch import Tensor, nn
 
 from vaura.errors import InputError
 from vaura.media.pieces import Reach, reach
-from vaura.vocoder.generator import Generator, agree, whole_numbers
+from vaura.vocoder.learnt import LearntVocoder, agree, whole_numbers
 
 SLOPE = 0.2  # of the leaky rectifiers
 ARGUMENTS = "args.yml"  # what the original writes beside its weights
 THEIRS = {"n_mel_channels": "n_mels", "ngf": "width", "n_residual_layers": "residual_layers"}
 
 
-class MelGAN(Generator):
+class MelGAN(LearntVocoder):
     """Mel (B, n_mels, M) in [0, 1] -> wav (B, 1, M * hop_length); the ends of every layer are padded with their reflection.
 
     Args:

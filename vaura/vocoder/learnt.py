@@ -15,25 +15,25 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrizations
 from torch.nn.utils.parametrize import is_parametrized
 
-from vaura.checkpoint import load_exactly, tensors_in
+from vaura.checkpoint import folded, load_exactly, tensors_in
 from vaura.errors import InputError
 from vaura.files import write_aside
 from vaura.media.pieces import Reach, join, stream
 from vaura.timing import cover
 
-FRAMES_AT_ONCE = 4096  # of a batch, where nothing learns: the widest layer of a published generator then takes 134 MB
+FRAMES_AT_ONCE = 4096  # of a batch, where nothing learns: the widest layer of a published vocoder then takes 134 MB
 
 
-class Generator(nn.Module):
+class LearntVocoder(nn.Module):
     """Mel (B, n_mels, M) in [0, 1] as `DecibelMel` writes it -> wav (B, 1, M * hop_length) in [-1, 1].
 
     Where no gradient is asked for, mels longer than `piece` seconds are worked on in pieces and sound as they would whole.
 
-    A kind of generator sets `reach` and, where its paddings ask for it, `shortest`, and defines `sound`. All of its parameters
+    A kind of vocoder sets `reach` and, where its paddings ask for it, `shortest`, and defines `sound`. All of its parameters
     are the weights and biases of convolutions.
     """
 
-    kind = "generator"  # what its files are called by
+    kind = "learnt"  # what its files are called by
     piece = 2.0  # on a CPU a fifth faster than ten seconds at once
     reach: Reach
     shortest = 1  # mel frames that its paddings need at least
@@ -98,7 +98,7 @@ class Generator(nn.Module):
     def load(self, path: str | Path) -> None:
         """Read what `save` wrote, or published tensors by the same names with weight_g and weight_v in place of weight.
 
-        For a generator that is not normalised. Raises InputError where the file is absent, of another kind or other settings.
+        For a vocoder that is not normalised. Raises InputError where the file is absent, of another kind or other settings.
         """
         path = Path(path)
         if path.suffix == ".safetensors" and path.is_file():
@@ -110,26 +110,6 @@ class Generator(nn.Module):
 def convolutions(module: nn.Module) -> list[tuple[str, nn.Conv1d | nn.ConvTranspose1d]]:
     found = module.named_modules()
     return [(name, part) for name, part in found if isinstance(part, nn.Conv1d | nn.ConvTranspose1d)]
-
-
-def folded(state: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
-    """Tensors with one weight in place of every weight_g and weight_v, in single precision; what is one already stays so.
-
-    Both count from the first axis, which of a transposed convolution is its inputs. Raises InputError, its sentence beginning
-    with `where`, where one of the two is missing.
-    """
-    ours = {}
-    for key, tensor in state.items():
-        name, _, last = key.rpartition(".")
-        if last not in ("weight_g", "weight_v"):
-            ours[key] = tensor.float()
-            continue
-        for part in ("weight_g", "weight_v"):
-            if f"{name}.{part}" not in state:
-                raise InputError(f"{where} lacks {name}.{part}; give the whole file")
-        if last == "weight_v":
-            ours[f"{name}.weight"] = torch._weight_norm(tensor.float(), state[f"{name}.weight_g"].float(), 0)
-    return ours
 
 
 def written_settings(path: Path, kind: str) -> dict[str, Any]:
