@@ -1,14 +1,17 @@
 import json
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import soundfile
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 
-from vaura.codec import Codes, Row, bit_rate, decode, encode, find_sounds, means
+from vaura.codec import Codes, Maker, Row, bit_rate, decode, encode, find_sounds, means
+from vaura.errors import InputError
 from vaura.launch import run
 from vaura.media.audio import read_audio, write_wav
 from vaura.tokenizer.mel_kmeans import MelKMeans
@@ -67,6 +70,7 @@ def test_codes_of_a_file_are_those_of_the_tokenizer(codec, tmp_path):
     codes.save(tmp_path / "a.safetensors")
     again = Codes.load(tmp_path / "a.safetensors")
     assert torch.equal(again.codes, codes.codes)
+    assert again.maker == codes.maker == Maker.of(codec)
     assert (again.codebook_size, again.samples, again.sample_rate) == (16, 8123, 8000)
     with safe_open(tmp_path / "a.safetensors", "pt") as file:
         assert file.get_tensor("codes").dtype == torch.int16
@@ -74,7 +78,10 @@ def test_codes_of_a_file_are_those_of_the_tokenizer(codec, tmp_path):
 
 def test_bit_rates_by_both_definitions(codec):
     """SpecVQGAN: 3 s are 5 x 16 codes of 10 bits, 0.26 kbps of 1024 bits. EnCodec: 8 x 75 codes of 10 bits are 6 kbps."""
-    codes = Codes(torch.zeros(5, 16).long(), codebook_size=1024, samples=66_150, sample_rate=22_050)
+    maker = Maker(
+        "SpecVQGAN", num_codebooks=5, codebook_size=1024, frame_rate=22_050 / 4096, sample_rate=22_050, fingerprint=""
+    )
+    codes = Codes(torch.zeros(5, 16).long(), maker, samples=66_150, sample_rate=22_050)
     assert codes.counted == pytest.approx(0.26, abs=0.005)
     assert bit_rate(codec) == 3 * 4 * 200 / 1000
     assert bit_rate(WaveCodec()) == 6.0
@@ -163,6 +170,85 @@ def test_what_cannot_be_heard_is_left_out_and_told(words, world_video, tmp_path,
     assert "broken.wav is not a video or sound file" in metrics["left_out"][0]
 
 
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (
+            {"tokenizer": "vaura.tokenizer.dac.DAC"},
+            "tokenizer vaura.tokenizer.dac.DAC and this one has vaura.",
+        ),
+        ({"codebook_size": 1024}, "codebook_size 1024 and this one has 16"),
+        ({"frame_rate": 75.0}, "frame_rate 75.0 and this one has 200.0"),
+        ({"sample_rate": 24_000}, "sample_rate 24000 and this one has 8000"),
+        ({"fingerprint": "0" * 32}, "other weights or settings; give"),
+    ],
+)
+def test_codes_of_another_tokenizer_are_refused(codec, words, tmp_path, capsys, change, told):
+    maker = replace(Maker.of(codec), **change)
+    Codes(torch.zeros(3, 200).long(), maker, 8000, 8000).save(tmp_path / "c.safetensors")
+    assert run([*words, f"audio={tmp_path / 'c.safetensors'}"]) == 2
+    assert f"the codes were made by a tokenizer of {told}" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_codes_that_do_not_say_whose_they_are_or_say_nonsense_are_refused(codec, tmp_path):
+    path = tmp_path / "c.safetensors"
+    save_file({"codes": torch.zeros(3, 9).long()}, path, {"codebook_size": "16", "samples": "360", "sample_rate": "8000"})
+    with pytest.raises(InputError, match=r"holds no codes \('maker'\)"):
+        Codes.load(path)
+    for codes, samples in ((torch.zeros(2, 9), 360), (torch.zeros(9), 360), (torch.zeros(3, 9), 0)):
+        Codes(codes.long(), Maker.of(codec), samples, 8000).save(path)
+        with pytest.raises(InputError, match="holds no codes"):
+            Codes.load(path)
+
+
+def test_codes_of_half_a_sound_are_not_passed_off_as_the_whole(codec):
+    codes = Codes(torch.zeros(3, 100).long(), Maker.of(codec), 8000, 8000)
+    with pytest.raises(InputError, match=r"the 100 token frames of the codes are 0\.50 s of sound where 1\.00 s"):
+        decode(codec, codes)
+    assert decode(codec, replace(codes, samples=4000)).shape == (1, 4000)
+
+
+def test_one_bad_file_costs_no_other_its_row(words, tmp_path):
+    """Broken, no number, or as short as can be; among the sounds, and among what others made of them."""
+    for name, wav in (("a", noise(8000)), ("b", noise(3)), ("c", noise(900) / 0), ("d", torch.zeros(1, 8000))):
+        (tmp_path / "set").mkdir(exist_ok=True)
+        soundfile.write(tmp_path / "set" / f"{name}.wav", wav.T.numpy(), 8000, subtype="FLOAT")
+    (others := tmp_path / "others").mkdir()
+    write_wav(others / "a_good.wav", noise(8000, seed=3), 8000)
+    (others / "a_broken.wav").write_text("no sound")
+    soundfile.write(others / "a_nan.wav", (noise(8000) / 0).T.numpy(), 8000, subtype="FLOAT")
+    assert run([*words, f"audio={tmp_path / 'set'}", f"compare={others}"]) == 0
+    strict = {"parse_constant": lambda word: pytest.fail(f"{word} is no JSON")}
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text(), **strict)
+    assert {name: len(rows) for name, rows in metrics["sounds"].items()} == {"a": 3, "b": 2, "d": 2}
+    assert [sum(name in told for told in metrics["left_out"]) for name in ("a_broken.wav", "a_nan.wav", "c.wav")] == [1, 1, 1]
+    assert metrics["sounds"]["d"][1]["convergence"] is None  # of silence
+    assert soundfile.info(tmp_path / "out" / "b.wav").frames == 3
+    mean = means({name: [Row(**row) for row in rows] for name, rows in metrics["sounds"].items()})
+    assert mean[1].convergence == pytest.approx(sum(metrics["sounds"][name][1]["convergence"] for name in "ab") / 2)
+
+
+def test_nothing_coded_is_no_success(words, tmp_path, capsys):
+    for name in "ab":
+        (tmp_path / "set").mkdir(exist_ok=True)
+        (tmp_path / "set" / f"{name}.wav").write_text("no sound")
+    assert run([*words, f"audio={tmp_path / 'set'}"]) == 2
+    assert re.search(r"none of the 2 sounds of .* could be coded, the first because .*a\.wav", capsys.readouterr().err)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["a.wav", "a.safetensors", "table.md", "config.yaml"])
+def test_a_neighbour_is_not_written_over(words, tmp_path, capsys, name):
+    write_wav(tmp_path / "a.wav", noise(800), 8000)
+    (tmp_path / "a.wav").rename(tmp_path / "a.flac")  # what it holds decides
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / name).write_text("mine")
+    assert run([*words, f"audio={tmp_path / 'a.flac'}"]) == 2
+    assert f"{name} is there already and would be written over; choose another folder" in capsys.readouterr().err
+    assert [(path.name, path.read_text()) for path in (tmp_path / "out").iterdir()] == [(name, "mine")]
+
+
 def test_find_sounds(tmp_path):
     for name in ("a/x.wav", "a/y.mp4", "b/x.wav", "b/.z.wav", "b/notes.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -186,8 +272,8 @@ def test_refusals(words, tmp_path, capsys):
     assert "learnt nothing yet" in refused(f"audio={tmp_path / 'a.wav'}", "tokenizer.weights=null")
     (tmp_path / "b.safetensors").write_bytes(b"none")
     assert "holds no codes" in refused(f"audio={tmp_path / 'b.safetensors'}")
-    Codes(torch.zeros(3, 9).long(), 1024, 800, 8000).save(tmp_path / "c.safetensors")
-    assert "codebooks of 1024 and this tokenizer has 16" in refused(f"audio={tmp_path / 'c.safetensors'}")
+    assert "sample_rate is 0; give a number above 0" in refused(f"audio={tmp_path / 'a.wav'}", "sample_rate=0")
+    assert "page_seconds is 0.0; give" in refused(f"audio={tmp_path / 'a.wav'}", "page_seconds=0")
     assert not (tmp_path / "out").exists()
 
 

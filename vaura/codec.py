@@ -5,10 +5,12 @@ from __future__ import annotations
 import base64
 import html
 import io
+import json
 import math
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from fractions import Fraction
 from importlib.resources import files
 from itertools import takewhile
 from pathlib import Path
@@ -25,10 +27,11 @@ from torch import Tensor
 from vaura.components import check_components, instantiate
 from vaura.config import save_config
 from vaura.data.manifest import VIDEO_SUFFIXES, names_of
+from vaura.drawing import pick_device
+from vaura.encoder.cache import fingerprint
 from vaura.errors import InputError
 from vaura.evaluate import write_json
 from vaura.files import write_aside
-from vaura.generate import pick_device
 from vaura.media.audio import read_audio, resample, write_wav
 from vaura.media.video import open_media, sound_stream
 from vaura.metric.envelope import envelope, lag
@@ -41,6 +44,7 @@ from vaura.run_folder import start_time
 
 SUFFIXES = (*VIDEO_SUFFIXES, ".wav", ".flac", ".mp3", ".ogg", ".opus", ".m4a", ".aac", ".aif", ".aiff", ".wma")
 CODES = ".safetensors"
+WRITTEN = ("config.yaml", "table.md", "metrics.json", "index.html")  # beside codes and sounds
 PATTERN = re.compile(r"[*?\[]")
 STATED = re.compile(r"(\d+(?:\.\d+)?)\s*kbps", re.IGNORECASE)  # of a file's name: its bit rate
 HEADS = {
@@ -55,13 +59,42 @@ HEADS = {
 
 
 @dataclass(frozen=True)
+class Maker:
+    """The tokenizer that made codes; only one that is the same in all of this makes sound of them."""
+
+    tokenizer: str  # its class
+    num_codebooks: int
+    codebook_size: int
+    frame_rate: float
+    sample_rate: int
+    fingerprint: str  # of all that decides the codes, weights included
+
+    @classmethod
+    def of(cls, tokenizer: Tokenizer) -> Maker:
+        """Reads all weights of the tokenizer."""
+        kind = type(tokenizer)
+        return cls(
+            f"{kind.__module__}.{kind.__qualname__}",
+            tokenizer.num_codebooks,
+            tokenizer.codebook_size,
+            float(tokenizer.frame_rate),
+            tokenizer.sample_rate,
+            fingerprint(tokenizer, Tokenizer),
+        )
+
+
+@dataclass(frozen=True)
 class Codes:
-    """The codes of one sound, and what makes its length again."""
+    """The codes of one sound, whose they are, and what makes its length again."""
 
     codes: Tensor  # (K, T) int64
-    codebook_size: int
+    maker: Maker
     samples: int  # of the sound
     sample_rate: int  # hertz, of the sound
+
+    @property
+    def codebook_size(self) -> int:
+        return self.maker.codebook_size
 
     @property
     def duration(self) -> float:
@@ -75,7 +108,7 @@ class Codes:
     def save(self, path: Path) -> None:
         """Write them as safetensors, two bytes a code where that will do."""
         small = torch.int16 if self.codebook_size <= 2**15 else torch.int32
-        facts = {key: str(getattr(self, key)) for key in ("codebook_size", "samples", "sample_rate")}
+        facts = {"maker": json.dumps(asdict(self.maker)), "samples": str(self.samples), "sample_rate": str(self.sample_rate)}
         with write_aside(path) as aside:
             aside.write_bytes(save({"codes": self.codes.to(small).contiguous()}, facts))
 
@@ -86,9 +119,12 @@ class Codes:
             with safe_open(path, "pt") as file:
                 facts = file.metadata() or {}
                 codes = file.get_tensor("codes").long()
-            return cls(codes, *(int(facts[key]) for key in ("codebook_size", "samples", "sample_rate")))
-        except (SafetensorError, OSError, KeyError, ValueError) as error:
+            read = cls(codes, Maker(**json.loads(facts["maker"])), int(facts["samples"]), int(facts["sample_rate"]))
+            if codes.dim() != 2 or len(codes) != read.maker.num_codebooks or min(read.samples, read.sample_rate) < 1:
+                raise ValueError(f"{tuple(codes.shape)} codes of {read.samples} samples at {read.sample_rate} Hz")
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
             raise InputError(f"{path} holds no codes ({error}); give a file that config=configs/codec.yaml wrote") from error
+        return read
 
 
 def bit_rate(tokenizer: Tokenizer) -> float:
@@ -96,25 +132,45 @@ def bit_rate(tokenizer: Tokenizer) -> float:
     return math.log2(tokenizer.codebook_size) * tokenizer.num_codebooks * tokenizer.frame_rate / 1000
 
 
-def encode(tokenizer: Tokenizer, path: str | Path, device: torch.device | str = "cpu") -> Codes:
-    """The codes of the sound of a file, of any rate and number of channels. Raises InputError where it has none."""
+def encode(tokenizer: Tokenizer, path: str | Path, device: torch.device | str = "cpu", maker: Maker | None = None) -> Codes:
+    """The codes of the sound of a file, of any rate and number of channels; `maker` where `Maker.of` is known already.
+
+    Raises InputError where it has no sound, or some that is no number.
+    """
     with open_media(path) as file:
         stream = sound_stream(file)
         rate = tokenizer.sample_rate if stream is None else stream.rate
-    wav = read_audio(path, sample_rate=rate, channels=tokenizer.channels)
+    wav = _listen(path, rate, tokenizer.channels)
     given = resample(wav, rate, tokenizer.sample_rate)
-    return Codes(tokenizer.encode(given[None].to(device))[0].cpu(), tokenizer.codebook_size, wav.shape[1], rate)
+    return Codes(tokenizer.encode(given[None].to(device))[0].cpu(), maker or Maker.of(tokenizer), wav.shape[1], rate)
 
 
-def decode(tokenizer: Tokenizer, codes: Codes, device: torch.device | str = "cpu") -> Tensor:
-    """The sound of codes (A, N), of the length and the rate that they were made of."""
-    if codes.codebook_size != tokenizer.codebook_size:
-        raise InputError(
-            f"the codes are of codebooks of {codes.codebook_size} and this tokenizer has {tokenizer.codebook_size}; "
-            "give tokenizer= as they were made"
-        )
+def _listen(path: str | Path, sample_rate: int, channels: int = 1) -> Tensor:
+    """The sound of a file (A, N). Raises InputError where it has none, or a sample of it is no number."""
+    wav = read_audio(path, sample_rate=sample_rate, channels=channels)
+    if not wav.isfinite().all():
+        raise InputError(f"{path} holds samples that are not finite numbers; replace the file or leave it out")
+    return wav
+
+
+def decode(tokenizer: Tokenizer, codes: Codes, device: torch.device | str = "cpu", maker: Maker | None = None) -> Tensor:
+    """The sound of codes (A, N), of the length and the rate that they were made of; `maker` as in `encode`.
+
+    Raises InputError where another tokenizer made them, or they are too few for the sound they say they are.
+    """
+    ours = asdict(maker or Maker.of(tokenizer))
+    for name, theirs in asdict(codes.maker).items():
+        if theirs != ours[name]:
+            what = "other weights or settings" if name == "fingerprint" else f"{name} {theirs}"
+            here = "" if name == "fingerprint" else f" and this one has {ours[name]}"
+            raise InputError(f"the codes were made by a tokenizer of {what}{here}; give tokenizer= as they were made")
     sound = tokenizer.decode(codes.codes[None].to(device))[0].cpu()
-    needed = math.ceil(codes.samples * tokenizer.sample_rate / codes.sample_rate)
+    needed = math.ceil(Fraction(codes.samples * tokenizer.sample_rate, codes.sample_rate))
+    if sound.shape[1] < needed:
+        raise InputError(
+            f"the {codes.codes.shape[1]} token frames of the codes are {sound.shape[1] / tokenizer.sample_rate:.2f} s of sound "
+            f"where {codes.duration:.2f} s were to be there; encode it anew"
+        )
     return resample(sound[:, :needed], tokenizer.sample_rate, codes.sample_rate)[:, : codes.samples]
 
 
@@ -126,48 +182,65 @@ class Row:
     path: str
     kbps: float | None  # of 1000 bits
     counted: float | None
-    convergence: float  # of spectra of several resolutions
+    convergence: float | None  # of spectra of several resolutions; None where the original is silent
     log_magnitude: float  # of these, nats
     log_mel: float  # decibels
     late: float | None  # milliseconds by which its envelope comes later; None where there is none
 
 
 def codec(config: DictConfig) -> Path:
-    """Code all that `audio` names; returns the folder with codes, sounds, table and page."""
+    """Code all that `audio` names; returns the folder with codes, sounds, table and page.
+
+    What cannot be read or coded is left out and told. Raises InputError where nothing is left, and before anything is coded
+    where something would be written over.
+    """
     check_components(config)
+    for name in ("sample_rate", "page_seconds"):
+        if not config[name] > 0:
+            raise InputError(f"{name} is {config[name]}; give a number above 0")
     root, sounds = find_sounds(config.audio)
     if config.compare is not None and not Path(config.compare).is_dir():
         raise InputError(f"compare: there is no folder {config.compare}; name one with other files of the same sounds")
     device, out = pick_device(config.device), Path(config.out or Path(config.log_dir) / config.name / start_time())
+    wavs = [out / name.parent / f"{name.name}.wav" for name in names_of([sound.relative_to(root) for sound in sounds])]
+    check_free(out, sounds, wavs)
     tokenizer: Any = instantiate(config.tokenizer).to(device).eval()
-    label = str(config.tokenizer._target_).rpartition(".")[2]
+    maker, label = Maker.of(tokenizer), str(config.tokenizer._target_).rpartition(".")[2]
     heard: dict[str, list[Row]] = {}
     left_out: list[str] = []
-    names = names_of([sound.relative_to(root) for sound in sounds])
-    for sound, name in track(list(zip(sounds, names, strict=True)), "code the sounds", len(sounds)):
-        wav = out / name.parent / f"{name.name}.wav"
-        if wav.resolve() == sound.resolve():
-            raise InputError(f"{wav} is what is to be coded, and would be written over; choose another folder as out")
-        if sound.suffix == CODES:
-            codes = Codes.load(sound)
-            write_wav(wav, decode(tokenizer, codes, device), codes.sample_rate)
-            continue
+    made = 0
+    for sound, wav in track(list(zip(sounds, wavs, strict=True)), "code the sounds", len(sounds)):
         try:
-            codes = encode(tokenizer, sound, device)
+            codes = Codes.load(sound) if sound.suffix == CODES else encode(tokenizer, sound, device, maker)
+            back = decode(tokenizer, codes, device, maker)
+            if sound.suffix != CODES:
+                codes.save(wav.with_suffix(CODES))
+            write_wav(wav, back, codes.sample_rate)
+            made += 1
+            if sound.suffix != CODES:
+                others = [] if config.compare is None else beside(sound, root, Path(config.compare), sounds)
+                found, lost = rows(sound, wav, others, label, bit_rate(tokenizer), codes.counted, config.sample_rate)
+                heard[wav.relative_to(out).with_suffix("").as_posix()] = found
+                left_out += lost
         except InputError as error:
             if len(sounds) == 1 or not getattr(tokenizer, "fitted", True):
                 raise
-            left_out.append(str(error))
-            continue
-        codes.save(wav.with_name(f"{name.name}{CODES}"))
-        write_wav(wav, decode(tokenizer, codes, device), codes.sample_rate)
-        others = [] if config.compare is None else beside(sound, root, Path(config.compare), sounds)
-        heard[name.as_posix()] = rows(sound, wav, others, label, bit_rate(tokenizer), codes.counted, config.sample_rate)
+            left_out.append(str(error) if str(sound) in str(error) else f"{sound}: {error}")
+    if not made:
+        raise InputError(f"none of the {len(sounds)} sounds of {config.audio} could be coded, the first because {left_out[0]}")
     save_config(config, out / "config.yaml")
     if heard:
         write_results(out, heard, left_out, label, tokenizer, config)
     print("\n".join([*left_out, f"coded: {out}"]))
     return out
+
+
+def check_free(out: Path, sounds: Sequence[Path], wavs: Sequence[Path]) -> None:
+    """Raise InputError where one of the files to be written is there already, as a neighbour or what is to be coded."""
+    codes = [wav.with_suffix(CODES) for sound, wav in zip(sounds, wavs, strict=True) if sound.suffix != CODES]
+    for target in (*wavs, *codes, *(out / name for name in WRITTEN)):
+        if target.exists():
+            raise InputError(f"{target} is there already and would be written over; choose another folder as out")
 
 
 def find_sounds(audio: str) -> tuple[Path, list[Path]]:
@@ -202,9 +275,12 @@ def beside(sound: Path, root: Path, compare: Path, sounds: Sequence[Path]) -> li
 
 def rows(
     sound: Path, wav: Path, others: Sequence[Path], label: str, kbps: float, counted: float, sample_rate: int
-) -> list[Row]:
-    """The sound itself, what it became, and the others, each listened to at `sample_rate` and held against the first."""
-    truth = read_audio(sound, sample_rate=sample_rate)[0]
+) -> tuple[list[Row], list[str]]:
+    """The sound itself, what it became, and the others, each listened to at `sample_rate` and held against the first.
+
+    Also the sentences that say which of the others could not be listened to.
+    """
+    truth = _listen(sound, sample_rate)[0]
     picture = sound.suffix.lower() in VIDEO_SUFFIXES
     size = None if picture else sound.stat().st_size * 8 / 1000 / (len(truth) / sample_rate)
     known = [
@@ -212,14 +288,21 @@ def rows(
         (label, wav, kbps, counted),
         *((path.stem, path, float(stated[1]) if (stated := STATED.search(path.stem)) else None, None) for path in others),
     ]
-    found = []
+    found, left_out = [], []
     for name, path, rate, published in known:
-        heard = read_audio(path, sample_rate=sample_rate)[0]
+        try:
+            heard = _listen(path, sample_rate)[0]
+        except InputError as error:
+            if path not in others:
+                raise
+            left_out.append(str(error))
+            continue
         stft = multi_resolution_distance(heard, truth)
         log_mel = float(log_mel_distance(heard, truth, sample_rate))
         late = lag(envelope(heard, sample_rate), envelope(truth, sample_rate))
-        found.append(Row(name, str(path), rate, published, *stft, log_mel, None if math.isnan(late) else late))
-    return found
+        convergence, late = (None if math.isnan(value) else value for value in (stft.convergence, late))
+        found.append(Row(name, str(path), rate, published, convergence, stft.log_magnitude, log_mel, late))
+    return found, left_out
 
 
 def means(heard: dict[str, list[Row]]) -> list[Row]:

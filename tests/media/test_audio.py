@@ -56,6 +56,15 @@ def write_sound(path, wav, rate, codec, begin=0.0, picture=None):
     return path
 
 
+@pytest.mark.parametrize(("old", "new"), [(8000, 16000), (48000, 16000), (44100, 8000), (16000, 48000)])
+@pytest.mark.parametrize("samples", [1, 3, 21, 22, 66, 67])
+def test_the_shortest_sound_is_as_long_as_it_should_be(old, new, samples):
+    """And a constant stays one to its end: what is longer goes on as its own reflection, too."""
+    got = resample(torch.full((2, samples), 0.5), old, new)
+    assert got.shape == (2, -(-samples * new // old))
+    torch.testing.assert_close(got, torch.full_like(got, 0.5), atol=0.01, rtol=0)
+
+
 @pytest.mark.parametrize(("old", "new"), [(44100, 16000), (48000, 16000), (16000, 44100), (22050, 24000), (44100, 48000)])
 def test_resampling_neither_bends_nor_shifts_time(old, new):
     got = resample(torch.from_numpy(chirp(old, 2))[None], old, new)[0].numpy()

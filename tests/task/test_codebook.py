@@ -304,6 +304,16 @@ def test_dead_codes_are_revived(tmp_path: Path):
     assert values(tmp_path, "train/revived") == [1, 1]
 
 
+def test_codes_that_live_outlive_a_resumption(tmp_path: Path):
+    """What was used before a checkpoint is forgotten with it: the interval begins with the training that goes on."""
+    learn(make(revive_every=4), tmp_path / "first", 3, (Save(tmp_path / "part.ckpt", 3),))
+    again = make(revive_every=4)
+    learn(again, tmp_path / "again", 6, resume=tmp_path / "part.ckpt")
+    assert again.codec.revived == []
+    learn(more := make(revive_every=4), tmp_path / "more", 7, resume=tmp_path / "part.ckpt")
+    assert len(more.codec.revived) == 1
+
+
 def test_each_networks_gradient_is_clipped_for_itself():
     module = make()
     optimizer = module.configure_optimizers()

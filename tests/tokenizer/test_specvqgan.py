@@ -18,6 +18,7 @@ from vaura.errors import InputError
 from vaura.protocols import Tokenizer
 from vaura.tokenizer.specvqgan import SpecVQGAN
 from vaura.vocoder.griffin_lim_decibel import GriffinLimDecibel
+from vaura.vocoder.hifigan import HiFiGAN
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 MEL = {"sample_rate": 8000, "n_mels": 16, "n_fft": 256, "hop_length": 64, "f_min": 50.0, "f_max": 3800.0}
@@ -108,15 +109,27 @@ def test_codes_are_those_of_the_mel(tokenizer):
     assert len(wanted.unique()) > 5
 
 
-def test_rows_go_from_low_to_high_frequency(tokenizer):
-    """Of a tone, the row in whose band it lies differs most from silence."""
-    t = torch.arange(10 * HOP) / 8000
-    silent = tokenizer.network.latents(tokenizer.mel_of(torch.zeros(1, 10 * HOP))[:, None] * 2 - 1)
-    mel = tokenizer.mel_of(torch.sin(2 * math.pi * 3000 * t)[None])
-    assert mel[0].mean(1).argmax() >= 12
-    low = tokenizer.mel_of(torch.sin(2 * math.pi * 150 * t)[None])
-    assert low[0].mean(1).argmax() < 4
-    assert silent.shape[2] == 4
+def test_rows_go_from_low_to_high_frequency():
+    """Of a network whose convolutions see no neighbours, the row changes in whose band something does; and back again."""
+    tokenizer, generator = make(), torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, part in tokenizer.network.named_modules():
+            if name.endswith(("conv2", "proj_out")):  # what blocks and attention add, whose norms look at all
+                part.weight.zero_()
+            elif isinstance(part, torch.nn.Conv2d) and part.kernel_size == (3, 3):
+                own = torch.tensor([0, 1, 0] if part.stride == (1, 1) else [1, 1, 0])
+                part.weight *= own * own[:, None]
+    spread(tokenizer)
+    mel = tones(8, 12 * HOP)
+    codes = tokenizer.encode_mel(mel)
+    picture = tokenizer.decode_mel(codes)
+    for row in range(4):
+        other, others = mel.clone(), codes.clone()
+        other[:, 4 * row : 4 * row + 4] += 0.1 * torch.rand(8, 4, mel.shape[-1], generator=generator)
+        assert (tokenizer.encode_mel(other) != codes).float().mean((0, 2)).argmax() == row
+        others[:, row] = torch.randint(24, others[:, row].shape, generator=generator)
+        moved = (tokenizer.decode_mel(others) - picture).abs().mean((0, 2))
+        assert moved.argmax() // 4 == row
 
 
 def test_the_mel_of_a_long_sound_is_made_in_pieces(tokenizer):
@@ -156,7 +169,11 @@ def test_autocast_changes_nothing(tokenizer):
 
 def test_wrong_codes_and_sounds_are_refused(tokenizer):
     codes = torch.zeros(1, 4, 3, dtype=torch.int64)
-    for wrong, told in ((codes[:, :3], "4 rows of codes; the codes given have 3"), (codes - 1, "generate the absent ones")):
+    for wrong, told in (
+        (codes[:, :3], "4 rows of codes; the codes given have 3"),
+        (codes - 1, "generate the absent ones"),
+        (codes[0, 0], r"codes \(B, 4, T\), not the shape \(3,\)"),
+    ):
         for decode in (tokenizer.decode, tokenizer.decode_mel, lambda codes: list(tokenizer.stream([codes]))):
             with pytest.raises(InputError, match=told):
                 decode(wrong)
@@ -166,14 +183,24 @@ def test_wrong_codes_and_sounds_are_refused(tokenizer):
     with pytest.raises(InputError, match=r"mels \(B, 16, M\) and was given \(1, 20, 8\)"):
         tokenizer.encode_mel(torch.zeros(1, 20, 8))
     assert tokenizer.decode(codes[..., :0]).shape == (1, 1, 0)
+    assert tokenizer.decode_mel(codes[..., :0]).shape == (1, 16, 0)
 
 
 @pytest.mark.parametrize(
     ("wrong", "told"),
     [
-        ({"sample_rate": 16_000}, "vocoder.sample_rate is 8000 Hz; set it to 16000"),
-        ({"hop_length": 128}, "vocoder has a hop of 64; choose one of 128"),
+        ({"sample_rate": 16_000}, "vocoder.sample_rate is 8000; set it to 16000"),
+        ({"hop_length": 128}, "vocoder.hop_length is 64; set it to 128"),
         ({"n_mels": 18}, "n_mels is 18; choose a multiple of 4"),
+        ({"n_mels": 20}, "vocoder.n_mels is 16; set it to 20"),
+        ({"f_max": 3000.0}, r"vocoder.f_max is 3800.0; set it to 3000.0"),
+        ({"n_fft": 512}, "vocoder.n_fft is 256; set it to 512"),
+        ({"window": 0, "overlap": 0}, "window is 0; give 1 token frame or more"),
+        ({"multipliers": []}, "multipliers is empty"),
+        ({"multipliers": [1, 0, 2]}, "multipliers has 0; give 1 or more"),
+        ({"attention": [3]}, "attention names the level 3; the levels are 0 to 2"),
+        ({"attention": [-1]}, "attention names the level -1"),
+        ({"codebook_size": 0}, "codebook_size has 0; give 1 or more"),
         ({"overlap": 7}, "overlap is 7; choose from 0 to 6"),
         ({"beta_on": "none"}, "choose codebook or commitment"),
     ],
@@ -242,10 +269,19 @@ def test_what_was_saved_is_read_again(tokenizer, tmp_path):
     assert torch.equal(again.encode(wav), tokenizer.encode(wav))
     with safe_open(tmp_path / "codebook.safetensors", "pt") as file:
         assert json.loads(file.metadata()["specvqgan"])["codebook_size"] == 24
+    other = {"f_max": 3000.0}
     with pytest.raises(
         InputError, match=r"tokenizer.f_max is 3000.0, but .* was trained with 3800.0; set tokenizer.f_max=3800.0"
     ):
-        make(f_max=3000.0, weights=str(tmp_path / "codebook.safetensors"))
+        SpecVQGAN(GriffinLimDecibel(**MEL | other), **SMALL | other, weights=str(tmp_path / "codebook.safetensors"))
+
+
+def test_a_vocoder_of_other_mels_is_refused_where_it_tells_of_them():
+    """One that learns knows how many bands it takes, and not where they lie."""
+    sizes = {"sample_rate": 8000, "width": 8, "rates": (8, 8), "kernels": (16, 16)}
+    with pytest.raises(InputError, match=r"vocoder\.n_mels is 20; set it to 16"):
+        SpecVQGAN(HiFiGAN(n_mels=20, **sizes), **SMALL)
+    assert spread(SpecVQGAN(HiFiGAN(n_mels=16, **sizes), **SMALL)).decode(torch.zeros(1, 4, 2).long()).shape == (1, 1, 2 * HOP)
 
 
 @pytest.mark.parametrize("prefix", ["", "first_stage_model.", "codec.network."])

@@ -70,7 +70,8 @@ def test_what_learns_is_what_codes(codec):
     assert coded.reconstruction.shape == wav.shape
     assert torch.equal(coded.codes, codec.encode(wav))
     assert torch.allclose(coded.reconstruction, codec.decode(coded.codes)[..., :1234], atol=1e-5)
-    assert coded.latents.shape == (2, 3, 31, 8)
+    assert coded.latents.shape == (2, 8, 31)
+    assert torch.equal(codec.quantiser.encode(coded.latents, 3), coded.codes)
     assert len(coded.codes.unique()) > 8
 
 
@@ -137,6 +138,23 @@ def test_the_checkpoint_of_a_training_will_do(codec, tmp_path):
     torch.save({"state_dict": state | {"adversary.weight": torch.ones(3)}}, tmp_path / "last.ckpt")
     again = WaveCodec(**SMALL, weights=str(tmp_path / "last.ckpt")).eval()
     assert torch.equal(again.encode(sound(900)), codec.encode(sound(900)))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "told"),
+    [("sample_rate", 24_000, "with 8000; set tokenizer.sample_rate=8000"), ("rates", [5, 2, 4], r"with \[2, 5, 4\]; set")],
+)
+def test_a_checkpoint_of_another_sound_is_refused(codec, tmp_path, key, value, told):
+    """Weights of one shape learn from sound of any rate."""
+    torch.save({"state_dict": {f"codec.{name}": tensor for name, tensor in codec.state_dict().items()}}, tmp_path / "last.ckpt")
+    with pytest.raises(InputError, match=rf"tokenizer\.{key} is .*, but .*last.ckpt was trained {told}"):
+        WaveCodec(**SMALL | {key: value}, weights=str(tmp_path / "last.ckpt"))
+
+
+def test_sizes_that_are_none_are_refused():
+    for key in ("num_codebooks", "codebook_size"):
+        with pytest.raises(InputError, match=f"tokenizer.{key} is 0; give 1 or more"):
+            WaveCodec(**SMALL | {key: 0})
 
 
 def test_fewer_codebooks_are_the_first_ones(codec, tmp_path):

@@ -34,6 +34,9 @@ Behind it they may lie by as much as a packet: some recorders stamp packets when
 NEAR = 30
 """Up to this second sound is decoded from the beginning: half a millisecond a second, and exactly the same every time."""
 
+REACH = 64
+"""Samples, of the lower of two rates, beyond which no resampled one looks: four times the filter's half."""
+
 PREROLL = 1
 """Seconds decoded and thrown away after a seek, for decoders whose output depends on what came before."""
 
@@ -75,7 +78,7 @@ def _cut(
     divisor = math.gcd(rate, sample_rate)
     old, new = rate // divisor, sample_rate // divisor
     # both grids meet every `old` source samples; a cut that begins there is resampled just as the whole would be
-    margin = 64 * math.ceil(max(1.0, old / new))
+    margin = REACH * math.ceil(max(1.0, old / new))
     begin = max(0, first // new - math.ceil(margin / old)) * old
     stop = None if samples is None else math.ceil(Fraction((first + samples) * old, new)) + margin
     if begin > NEAR * rate and _stamps_count_samples(file, rate):
@@ -193,6 +196,9 @@ def resample(wav: Tensor, old_rate: int, new_rate: int) -> Tensor:
 
 
 def _resample_row(row: np.ndarray, old_rate: int, new_rate: int) -> Tensor:
+    short = REACH * math.ceil(max(1.0, old_rate / new_rate)) - len(row)
+    if short > 0:  # the resampler gives nothing, or too little, for less than its filter is long
+        row = np.pad(row, (0, short), mode="symmetric")  # as it goes on behind the end of longer sound
     resampler = av.AudioResampler(format="fltp", layout="mono", rate=new_rate)
     frame = AudioFrame.from_ndarray(np.ascontiguousarray(row[None]), format="fltp", layout="mono")
     frame.sample_rate = old_rate

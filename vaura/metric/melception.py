@@ -17,6 +17,9 @@ from torch.nn import functional as F
 from vaura.errors import InputError
 from vaura.metric.classifier import Classifier, read_weights
 
+TAUGHT = 79
+"""Columns of a mel from which the second head has something to look at."""
+
 
 class Conv(NamedTuple):
     """A convolution of a path: its name and channels; its sides are padded so that only a stride makes them shorter."""
@@ -147,7 +150,15 @@ class Melception(Classifier):
         return self.fc(self.dropout(self.pooled(self.coarsened(self.trunk(mel)))))
 
     def with_auxiliary(self, mel: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits, and those of the second head, which sees less deep: both (B, num_classes). It only serves learning."""
+        """Logits, and those of the second head, which sees less deep: both (B, num_classes). It only serves learning.
+
+        Raises InputError for mels of fewer columns than that head looks at.
+        """
+        if mel.shape[-1] < TAUGHT:
+            raise InputError(
+                f"the second head looks at mels of {TAUGHT} columns and more, and these have {mel.shape[-1]}; "
+                "set task.auxiliary=0"
+            )
         middle = self.trunk(mel)
         return self.fc(self.dropout(self.pooled(self.coarsened(middle)))), self.AuxLogits(middle)
 

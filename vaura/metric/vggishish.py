@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from vaura.metric.classifier import Classifier
-from vaura.metric.classifier import standardised as standardised
 
 POOL = "MP"
 LAYERS: tuple[int | str, ...] = (64, 64, POOL, 128, 128, POOL, 256, 256, 256, POOL, 512, 512, 512, POOL, 512, 512, 512)

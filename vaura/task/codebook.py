@@ -2,9 +2,9 @@
 
 A codec that learns is a module with `signal`, the key of a batch that it learns from ("mel" or "audio"), `last_layer`, the
 weight that adversarial losses are balanced by, and `forward(signal) -> Coded`. One that learns from mels has `mel`, which makes
-them of sound; one whose codebooks follow what they name has `follow()`; one whose codebooks are one and the same says so by `shared_codebook`; one that lets dead codes be moved has
-`revive(latents)`. SpecVQGAN learns so from mels, and codecs of waveforms from sound: what differs stands in the reconstruction
-and in the adversary, which are given.
+them of sound; one whose codebooks follow what they name has `follow()`; one whose codebooks are one and the same says so by
+`shared_codebook`; one that lets dead codes be moved has `revive(latents)`. SpecVQGAN learns so from mels, and codecs of
+waveforms from sound: what differs stands in the reconstruction and in the adversary, which are given.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class CodebookLearning(LightningModule):
         adversary: None: nothing judges.
         codebook_weight: of the codec's own loss of its codebook.
         revive_every: batches after which entries of the codebook that were not used meanwhile are moved to latents of the last
-            batch; None: they stay dead. For codecs that have `revive`.
+            batch; None: they stay dead. A training that goes on begins to count anew. For codecs that have `revive`.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class CodebookLearning(LightningModule):
         self.optimizer_of, self.codebook_weight, self.revive_every = optimizer, codebook_weight, revive_every
         self.batches = 0  # of training that went before
         self.judged = False  # whether the adversary counted in the last of them
-        self.revivals = 0  # of dead codes, up to now
+        self.revived_at = 0  # batches before dead codes were last looked for; what was used is known since then only
         self.moved: float | None = None  # how many codes the last one moved, if just now
         self.used: dict[str, Tensor] = {}  # of each split, how often each code was used: (K, V)
         self.latest: Batch | None = None  # what was learnt from last; where nothing can be read, it is again
@@ -155,8 +155,8 @@ class CodebookLearning(LightningModule):
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         super().optimizer_step(*args, **kwargs)
-        if self.revive_every is not None and self.batches // self.revive_every > self.revivals:
-            self.revivals = self.batches // self.revive_every
+        if self.revive_every is not None and self.batches - self.revived_at >= self.revive_every:
+            self.revived_at = self.batches
             ready = self.latents is not None  # in every process, for they do it together
             if self.trainer.strategy.reduce_boolean_decision(ready):
                 self.moved = float(self.codec.revive(self.latents))
@@ -261,7 +261,7 @@ class CodebookLearning(LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.batches = int(checkpoint.get("batches", 0))
-        self.revivals = self.batches // self.revive_every if self.revive_every is not None else 0
+        self.revived_at = self.batches  # a checkpoint does not say which codes were used before it
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """What was trained, without the frozen parts."""

@@ -7,26 +7,25 @@ what quantisation errors have in common; then the vocoder makes sound of the mel
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Iterator
 from operator import length_hint
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from vaura.checkpoint import tensors_in
 from vaura.errors import InputError
-from vaura.files import write_aside
 from vaura.media.mel import LogMel
 from vaura.media.pieces import PIECE, convolution, join, stream, transposed
 from vaura.progress import track
 from vaura.protocols import Vocoder
 from vaura.timing import cover
+from vaura.tokenizer.kept import agree, keep, kept_settings
 
+KIND = "mel_kmeans"  # what a file says that `save` wrote
 TINY = 1e-12  # lets sampling go on where every distance is zero, as in silence
 
 
@@ -188,29 +187,16 @@ class MelKMeans(nn.Module):
     def save(self, path: str | Path) -> None:
         """Write what was fitted, with its settings, as safetensors."""
         self._require_fitted()
-        tensors = {name: buffer.cpu().contiguous() for name, buffer in self._fitted_buffers().items()}
-        with write_aside(path) as aside:
-            aside.write_bytes(save(tensors, {"mel_kmeans": json.dumps(self.settings)}))
+        keep(path, self._fitted_buffers(), KIND, self.settings)
 
     def load(self, path: str | Path) -> None:
         """Read what `save` wrote. Raises InputError where the file is absent, not one of ours, or of other settings."""
         if not Path(path).is_file():
             raise InputError(f"tokenizer.weights: there is no file {path}; fit a mel_kmeans tokenizer and save it there")
-        try:
-            with safe_open(path, "pt") as file:
-                written = json.loads((file.metadata() or {}).get("mel_kmeans", "null"))
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (a file, not a dict)
-        except SafetensorError as error:
-            raise InputError(
-                f"tokenizer.weights: {path} is no whole safetensors file ({error}); fit and save it anew"
-            ) from error
-        if written is None:
+        if (written := kept_settings(path, KIND)) is None:
             raise InputError(f"tokenizer.weights: {path} was not written by a mel_kmeans tokenizer; give a file that was")
-        for name, value in self.settings.items():
-            if written.get(name) != value:
-                raise InputError(
-                    f"tokenizer.{name} is {value}, but {path} was fitted with {written.get(name)}; use that or fit anew"
-                )
+        agree(self.settings, written, path)
+        tensors = tensors_in(path)
         for name, buffer in self._fitted_buffers().items():
             buffer.copy_(tensors[name])
 

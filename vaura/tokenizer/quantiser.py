@@ -16,9 +16,7 @@ class Coded(NamedTuple):
     reconstruction: Tensor  # of the signal's own shape
     codes: Tensor  # (B, K, T) int64
     commitment: Tensor  # scalar: the whole loss of quantisation, weights of its terms included
-    perplexity: (
-        Tensor  # scalar: how many codes would be in use if all were used alike; a codec of several codebooks: their mean
-    )
+    perplexity: Tensor  # scalar: how many codes would be in use if all were used alike; of several codebooks, their mean
     latents: Tensor  # (B, D, ...): the vectors as they were before the codes; `revive` takes them
 
 

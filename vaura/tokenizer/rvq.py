@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from vaura.errors import InputError
 from vaura.tokenizer.mel_kmeans import kmeans, nearest_entry
 from vaura.tokenizer.quantiser import perplexity
 
@@ -25,24 +26,26 @@ class Named(NamedTuple):
     codes: Tensor  # (B, K, T) int64
     loss: Tensor  # scalar: mean square of what each codebook left over, a mean over codebooks; it draws latents to entries
     perplexity: Tensor  # scalar: of a codebook, a mean over codebooks
-    asked: Tensor  # (B, K, T, D): what each code was to name
 
 
 class Met(NamedTuple):
-    """What a batch of training met, of rows in which a codebook counted."""
+    """What a batch of training met, of rows in which a codebook counted; what is no number is met nowhere."""
 
     counts: Tensor  # (K, V): how many vectors each entry named
     sums: Tensor  # (K, V, D): their sum
-    vectors: Tensor  # (K, B T, D): all vectors, counted or not
+    vectors: Tensor  # (K, n, D): all vectors, counted or not
 
 
 class ResidualCodebooks(nn.Module):
     """K codebooks of V entries of D dimensions; each names what the ones before it left over of a latent.
 
-    In training mode a call begins the codebooks where nothing has, and remembers what it met until `follow` moves them. `decay`
+    In training mode a call begins the codebooks where nothing has, and remembers what it met until `follow` moves them, which
+    the next call does unless several processes train together: these must all do it after every batch. `decay`
     is the share of a moving average that stays from batch to batch. An entry that names less than `revive_below` times its fair
     share of the vectors moves to a vector of the batch; 0 lets it lie. For a share `dropout` of the rows of a batch only the
     first n codebooks count, n drawn from 1 to K: a decoder taught so makes sound of fewer codebooks too.
+
+    Raises InputError for less than one codebook, entry or dimension.
     """
 
     entries: Tensor  # (K, V, D)
@@ -61,6 +64,9 @@ class ResidualCodebooks(nn.Module):
         sweeps: int = 10,
     ) -> None:
         super().__init__()
+        for name, size in (("latent_dim", dim), ("num_codebooks", num_codebooks), ("codebook_size", codebook_size)):
+            if size < 1:
+                raise InputError(f"tokenizer.{name} is {size}; give 1 or more")
         self.decay, self.revive_below, self.dropout, self.sweeps = decay, revive_below, dropout, sweeps
         self.register_buffer("entries", torch.zeros(num_codebooks, codebook_size, dim))
         self.register_buffer("named", torch.zeros(num_codebooks, codebook_size))
@@ -75,36 +81,36 @@ class ResidualCodebooks(nn.Module):
             return self._named(latents.float())
 
     def _named(self, latents: Tensor) -> Named:
-        if self.training:
+        if self.training and not distributed():
             self.follow()
-        begin = self.training and not bool(self.started)
+        known = latents.detach().isfinite().all(1)
+        begin = self.training and not bool(self.started) and bool(known.any())
         counting = self._drawn(latents, everything=begin)
-        total, codes, asked, left, counts = torch.zeros_like(latents), [], [], [], []
+        total, codes, asked, left = torch.zeros_like(latents), [], [], []
         for book, entries in enumerate(self.entries):
             row = counting > book
             rest = latents - total
-            vectors = rest.detach().transpose(1, 2)
+            asked.append(rest.detach().transpose(1, 2))
             if begin:
-                self._begin(book, vectors.flatten(0, 1))
-            code = nearest_entry(vectors.flatten(0, 1), entries).view(vectors.shape[:2])
-            value = F.embedding(code, entries).transpose(1, 2)
+                self._begin(book, asked[-1][known])
+            codes.append(nearest_entry(asked[-1].flatten(0, 1), entries).view(known.shape))
+            value = F.embedding(codes[-1], entries).transpose(1, 2)
             left.append((rest - value).square().mean((1, 2))[row].sum() / row.sum().clamp_min(1))
-            counts.append(torch.bincount(code[row].flatten(), minlength=len(entries)).to(rest.dtype))
-            codes.append(code)
-            asked.append(vectors)
             total = total + value * row[:, None, None]
+        counted = [known & (counting > book)[:, None] for book in range(len(codes))]
+        counts = torch.stack(
+            [torch.bincount(code[on], minlength=self.named.shape[1]) for code, on in zip(codes, counted, strict=True)]
+        )
         if begin:
             self.started.fill_(True)
             self.agreed = False
-        elif self.training:
-            sums = [
-                torch.zeros_like(self.sums[book]).index_add_(0, codes[book][row].flatten(), asked[book][row].flatten(0, 1))
-                for book, row in enumerate(counting[None] > torch.arange(len(asked), device=counting.device)[:, None])
-            ]
-            self.met = Met(torch.stack(counts), torch.stack(sums), torch.stack(asked).flatten(1, 2))
+        elif self.training and bool(known.any()):
+            sums = torch.zeros_like(self.sums)
+            for summed, code, vectors, on in zip(sums, codes, asked, counted, strict=True):
+                summed.index_add_(0, code[on], vectors[on])
+            self.met = Met(counts.to(sums.dtype), sums, torch.stack([vectors[known] for vectors in asked]))
         use = torch.stack([perplexity(one) for one in counts]).mean()
-        vectors = latents + (total - latents).detach()
-        return Named(vectors, torch.stack(codes, 1), torch.stack(left).mean(), use, torch.stack(asked, 1))
+        return Named(latents + (total - latents).detach(), torch.stack(codes, 1), torch.stack(left).mean(), use)
 
     def _drawn(self, latents: Tensor, everything: bool) -> Tensor:
         """For each row, how many codebooks count: (B,)."""
@@ -145,8 +151,8 @@ class ResidualCodebooks(nn.Module):
     def follow(self) -> None:
         """Move the codebooks after what was met since the last time, by all processes together; all of them call it.
 
-        A process whose batch could not be read has met nothing, hence a task calls this after every batch. Where none does, the
-        next call in training mode begins with it.
+        A process whose batch could not be read has met nothing, and has not called the module: hence a task does it after every
+        batch, read or not.
         """
         met, self.met = self.met, None
         first = self._first_process(met is not None or not self.agreed) if distributed() else 0

@@ -6,31 +6,29 @@ place of a codebook; all of them share one. A vocoder makes sound of the mel tha
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vaura.checkpoint import load_exactly, tensors_in
 from vaura.errors import InputError
-from vaura.files import write_aside
 from vaura.media.mel import DecibelMel
 from vaura.media.overlap import overlapping
 from vaura.media.pieces import convolution, join, stream
 from vaura.protocols import Vocoder
 from vaura.timing import cover
+from vaura.tokenizer.kept import agree, keep, kept_settings
 from vaura.tokenizer.quantiser import Coded
 from vaura.tokenizer.specvqgan_network import Network, Sizes, to_network
 
 # where the network's tensors stand: in a checkpoint of a published transformer, in one of our stage one, in what `save` writes
 # and in a published codebook; below that they bear their published names
+KIND = "specvqgan"  # what a file says that `save` wrote
 PREFIXES = ("first_stage_model.", "codec.network.", "network.", "")
 # what a published codebook holds besides: the discriminator and a perceptual loss whose weights were never loaded
 DROPPED = ("loss.",)
@@ -45,7 +43,7 @@ class SpecVQGAN(nn.Module):
     to the other. How a sound is cut into pieces changes nothing, and neither does autocast around it.
 
     Args:
-        vocoder: mel in [0, 1] -> sound; of the same sample rate and hop.
+        vocoder: mel in [0, 1] -> sound; of these mels, as far as it says of which.
         sample_rate, n_mels, n_fft, hop_length, f_min, f_max: see `DecibelMel`.
         codebook_size: entries of the one codebook.
         width, multipliers, blocks, attention, latent_dim, codebook_dim, dropout: see `specvqgan_network.Sizes`.
@@ -87,12 +85,16 @@ class SpecVQGAN(nn.Module):
     ) -> None:
         super().__init__()
         sizes = Sizes(width, tuple(multipliers), blocks, tuple(attention), latent_dim, codebook_dim, codebook_size, dropout)
-        if vocoder.sample_rate != sample_rate:
-            raise InputError(f"tokenizer.vocoder.sample_rate is {vocoder.sample_rate} Hz; set it to {sample_rate} Hz as well")
-        if getattr(vocoder, "hop_length", hop_length) != hop_length:
-            raise InputError(f"tokenizer.vocoder has a hop of {vocoder.hop_length}; choose one of {hop_length}, as the mel has")  # type: ignore[attr-defined]
         if n_mels % sizes.stride:
             raise InputError(f"tokenizer.n_mels is {n_mels}; choose a multiple of {sizes.stride}, the mels of one code")
+        mel: dict[str, float] = {"sample_rate": sample_rate, "n_mels": n_mels, "n_fft": n_fft, "hop_length": hop_length}
+        mel |= {"f_min": float(f_min), "f_max": float(f_max)}
+        for name, value in mel.items():  # vocoders that learn do not know all of it
+            theirs = getattr(vocoder, name, getattr(getattr(vocoder, "mel", None), name, value))
+            if theirs != value:
+                raise InputError(f"tokenizer.vocoder.{name} is {theirs}; set it to {value}, as the mel has it")
+        if window < 1:
+            raise InputError(f"tokenizer.window is {window}; give 1 token frame or more")
         if not 0 <= overlap <= window // 2:
             raise InputError(f"tokenizer.overlap is {overlap}; choose from 0 to {window // 2}, half of tokenizer.window")
         self.sample_rate = sample_rate
@@ -106,12 +108,7 @@ class SpecVQGAN(nn.Module):
         self.mel = DecibelMel(sample_rate, n_mels, n_fft, hop_length, f_min, f_max)
         self.network = Network(sizes, beta, beta_on)
         self.trained: dict[str, Any] = {  # what weights are made for
-            "sample_rate": sample_rate,
-            "n_mels": n_mels,
-            "n_fft": n_fft,
-            "hop_length": hop_length,
-            "f_min": float(f_min),
-            "f_max": float(f_max),
+            **mel,
             "codebook_size": codebook_size,
             "width": width,
             "multipliers": list(multipliers),
@@ -179,6 +176,8 @@ class SpecVQGAN(nn.Module):
     def decode_mel(self, codes: Tensor) -> Tensor:
         """codes (B, K, T) -> mel (B, n_mels, T * stride) in [0, 1]."""
         self._check_range(codes)
+        if not codes.numel():
+            return torch.zeros(len(codes), self.mel.n_mels, codes.shape[-1] * self.stride, device=codes.device)
         return join(self._decoded_pieces([codes]), codes.shape[-1] * self.stride)
 
     def mel_of(self, wav: Tensor) -> Tensor:
@@ -209,22 +208,15 @@ class SpecVQGAN(nn.Module):
     def save(self, path: str | Path) -> None:
         """Write the weights, by their published names, with the settings, as safetensors."""
         self._require_fitted()
-        tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in self.network.state_dict().items()}
-        with write_aside(path) as aside:
-            aside.write_bytes(save(tensors, {"specvqgan": json.dumps(self.trained)}))
+        keep(path, self.network.state_dict(), KIND, self.trained)
 
     def load(self, path: str | Path) -> None:
         """Read what `save` wrote, or a published checkpoint.
 
         Raises InputError where the file is absent or broken, was made with other settings, or lacks or exceeds the network.
         """
-        written = _settings_in(path)
-        for name, value in self.trained.items():
-            if written.get(name, value) != value:
-                theirs = written[name]
-                raise InputError(
-                    f"tokenizer.{name} is {value}, but {path} was trained with {theirs}; set tokenizer.{name}={theirs}"
-                )
+        if Path(path).suffix == ".safetensors" and Path(path).is_file():
+            agree(self.trained, kept_settings(path, KIND) or {}, path)
         found = tensors_in(path, PREFIXES)
         state = {key: tensor.float() for key, tensor in found.items() if not key.startswith(DROPPED)}
         table = state.get("quantize.embedding.weight")
@@ -278,6 +270,8 @@ class SpecVQGAN(nn.Module):
         return self._check_range(codes)
 
     def _check_range(self, codes: Tensor) -> Tensor:
+        if codes.dim() != 3:
+            raise InputError(f"SpecVQGAN decodes codes (B, {self.num_codebooks}, T), not the shape {tuple(codes.shape)}")
         if codes.shape[1] != self.num_codebooks:
             raise InputError(f"SpecVQGAN decodes {self.num_codebooks} rows of codes; the codes given have {codes.shape[1]}")
         if codes.numel() and (codes.min() < 0 or codes.max() >= self.codebook_size):
@@ -287,14 +281,3 @@ class SpecVQGAN(nn.Module):
     def _require_fitted(self) -> None:
         if not self.fitted:
             self.fit()
-
-
-def _settings_in(path: str | Path) -> dict[str, Any]:
-    """The settings that `save` wrote into a file; none, where another hand wrote it."""
-    if Path(path).suffix != ".safetensors" or not Path(path).is_file():
-        return {}
-    try:
-        with safe_open(path, "pt") as file:
-            return json.loads((file.metadata() or {}).get("specvqgan", "{}"))
-    except SafetensorError as error:
-        raise InputError(f"tokenizer.weights: {path} is no whole safetensors file ({error}); train and save it anew") from error

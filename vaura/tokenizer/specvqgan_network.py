@@ -14,6 +14,7 @@ from typing import cast
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from vaura.errors import InputError
 from vaura.tokenizer.quantiser import Quantised, VectorQuantiser
 
 
@@ -22,6 +23,8 @@ class Sizes:
     """What differs between networks of this kind; the defaults are those of the published codebooks but for their 128 codes.
 
     `attention` numbers the levels, 0 the finest, after whose blocks stands attention.
+
+    Raises InputError where there is no level, `attention` numbers one that is not there, or another number is below 1.
     """
 
     width: int = 128
@@ -32,6 +35,19 @@ class Sizes:
     codebook_dim: int = 256
     codebook_size: int = 128
     dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not self.multipliers:
+            raise InputError("tokenizer.multipliers is empty; give one number for each level")
+        for level in self.attention:
+            if not 0 <= level < len(self.multipliers):
+                last = len(self.multipliers) - 1
+                raise InputError(f"tokenizer.attention names the level {level}; the levels are 0 to {last}")
+        numbers = {"width": self.width, "blocks": self.blocks, "latent_dim": self.latent_dim}
+        numbers |= {"codebook_dim": self.codebook_dim, "codebook_size": self.codebook_size}
+        for name, number in [*numbers.items(), *(("multipliers", number) for number in self.multipliers)]:
+            if number < 1:
+                raise InputError(f"tokenizer.{name} has {number}; give 1 or more")
 
     @property
     def widths(self) -> tuple[int, ...]:

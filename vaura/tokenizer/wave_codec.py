@@ -7,24 +7,21 @@ are those of the Descript codec, in other sizes; nothing is recurrent, so that l
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NoReturn, cast
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vaura.checkpoint import load_exactly, tensors_in
 from vaura.errors import InputError
-from vaura.files import write_aside
 from vaura.media.pieces import join, stream
 from vaura.timing import cover
 from vaura.tokenizer.dac_network import Conv, Decoder, Encoder, Sizes
+from vaura.tokenizer.kept import agree, keep, kept_settings
 from vaura.tokenizer.quantiser import Coded
 from vaura.tokenizer.rvq import ResidualCodebooks
 
@@ -46,6 +43,7 @@ class WaveCodec(nn.Module):
     signal = "audio"  # what it learns from, of a batch
     piece = 2.0  # seconds worked on at once
     decoding = ("decoder",)
+    made_for: Tensor  # (1 + rates,) int64: the sample rate and the rates, which no weight's shape tells
 
     def __init__(
         self,
@@ -78,6 +76,7 @@ class WaveCodec(nn.Module):
         self.commitment = commitment
         self.settings = {"sample_rate": sample_rate, "width": width, "rates": list(rates), "latent_dim": latent_dim}
         self.settings |= {"num_codebooks": num_codebooks, "codebook_size": codebook_size}
+        self.register_buffer("made_for", torch.tensor([sample_rate, *rates]))
         self.encoder = Encoder(sizes)
         self.quantiser = ResidualCodebooks(latent_dim, num_codebooks, codebook_size, decay, revive_below, dropout)
         self.decoder = Decoder(sizes)
@@ -112,7 +111,7 @@ class WaveCodec(nn.Module):
             codes=found.codes,
             commitment=self.commitment * found.loss,
             perplexity=found.perplexity,
-            latents=found.asked,
+            latents=latents,
         )
 
     @torch.no_grad()
@@ -173,43 +172,27 @@ class WaveCodec(nn.Module):
     def save(self, path: str | Path) -> None:
         """Write all weights, with their settings, as safetensors."""
         self._require_fitted()
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
-        with write_aside(path) as aside:
-            aside.write_bytes(save(tensors, {KIND: json.dumps(self.settings)}))
+        keep(path, self.state_dict(), KIND, self.settings)
 
     def load(self, path: str | Path) -> None:
         """Read what `save` wrote, or the codec in a checkpoint. Raises InputError where it is absent or of other settings."""
         where = f"tokenizer.weights: {path}"
         if not Path(path).is_file():
             raise InputError(f"tokenizer.weights: there is no file {path}; {self._untrained()}")
-        for name, value in (written_settings(path) or {}).items():
-            fewer = name == "num_codebooks" and self.settings[name] <= value
-            if not fewer and self.settings.get(name) != value:
-                raise InputError(
-                    f"tokenizer.{name} is {self.settings.get(name)}, but {path} was trained with {value}; use that"
-                )
+        written = kept_settings(path, KIND) if Path(path).suffix == ".safetensors" else {}
+        if written is None:
+            raise InputError(f"tokenizer.weights: {path} was not written by a wave_codec tokenizer; give a file that was")
         state = tensors_in(path, (LEARNT, ""))
+        if "made_for" in state:
+            sample_rate, *rates = state["made_for"].tolist()
+            written |= {"sample_rate": sample_rate, "rates": rates}
+        if self.num_codebooks < written.get("num_codebooks", 0):
+            written["num_codebooks"] = self.num_codebooks
+        agree(self.settings, written, path)
         for name in ("entries", "named", "sums"):
             if (key := f"quantiser.{name}") in state:
                 state[key] = state[key][: self.num_codebooks]
         load_exactly(self, state, where)
-
-
-def written_settings(path: str | Path) -> dict[str, object] | None:
-    """The settings that a safetensors file of `WaveCodec.save` was written with; None of a checkpoint.
-
-    Raises InputError where it is a safetensors file of another kind, or broken.
-    """
-    if Path(path).suffix != ".safetensors":
-        return None
-    try:
-        with safe_open(path, "pt") as file:
-            written = (file.metadata() or {}).get(KIND)
-    except SafetensorError as error:
-        raise InputError(f"tokenizer.weights: {path} is no whole safetensors file ({error}); save it anew") from error
-    if written is None:
-        raise InputError(f"tokenizer.weights: {path} was not written by a wave_codec tokenizer; give a file that was")
-    return json.loads(written)
 
 
 def _check_mono(wav: Tensor) -> None:
