@@ -4,9 +4,9 @@
 
 EXPERIMENT is V-AURA's folder (`checkpoints/*.ckpt` and a subfolder with `hparams.yaml`) or the name of one, which is fetched,
 or the folder of a SpecVQGAN transformer (`checkpoints/*.ckpt` and `configs/*-project.yaml`). FOLDER becomes a new experiment:
-config.yaml, checkpoints/*.safetensors with what was trained, encoder.safetensors and tokenizer.safetensors with what was frozen,
-and import.json, which names every key that was used or dropped. A checkpoint that misses a key of its model is refused, and
-every such key is named.
+config.yaml, checkpoints/*.safetensors with what was trained, encoder.safetensors and tokenizer.safetensors with what was
+frozen, and import.json, which names every key that was used or dropped. A checkpoint that misses a key of its model is refused,
+and every such key is named.
 """
 
 from __future__ import annotations
@@ -59,10 +59,7 @@ def import_experiment(
         )
     if folder.is_file() or (folder.exists() and any(folder.iterdir())):
         raise InputError(f"{folder} is not empty; name a new folder")
-    if theirs:
-        reading = specvqgan.read_published(source, checkpoint)
-    else:
-        reading = read_published(source, checkpoint, encoder_weights)
+    reading = specvqgan.read_published(source, checkpoint) if theirs else read_published(source, checkpoint, encoder_weights)
     task = experiment.build(reading.config)
     if missed := sorted(task.state_dict().keys() - reading.state.keys()):
         raise InputError(f"{reading.checkpoint} lacks {len(missed)} keys of its model: {', '.join(missed)}")

@@ -27,7 +27,8 @@ import pytest
         (["name=???"], "name (the experiment's name: its folder is LOG_DIR/NAME/TIME): no value given; add name=VALUE"),
         (
             ["action=trian"],
-            "unknown action 'trian'; there are train, test, generate, evaluate, quickstart. Did you mean 'train'?",
+            "unknown action 'trian'; there are train, test, train_part, generate, evaluate, codec, quickstart. "
+            "Did you mean 'train'?",
         ),
         (["action=generate"], "{configs}/train.yaml says how to train or test, not how to generate; remove action="),
         (
@@ -53,8 +54,8 @@ def test_a_wrong_word_is_refused_in_one_sentence(refusal, configs, seen, argv, s
         ("open", "data.root (the folder of clips): no value given; add data.root=VALUE"),
         (
             "bare",
-            "{configs}/bare.yaml names no schema: its defaults list begins with one of train, quickstart, generate, evaluate,"
-            " as '- schema: train'",
+            "{configs}/bare.yaml names no schema: its defaults list begins with one of train, train_part, quickstart, generate, "
+            "evaluate, codec, as '- schema: train'",
         ),
         (
             "experiments/system/lost",
