@@ -54,8 +54,8 @@ def test_a_wrong_word_is_refused_in_one_sentence(refusal, configs, seen, argv, s
         ("open", "data.root (the folder of clips): no value given; add data.root=VALUE"),
         (
             "bare",
-            "{configs}/bare.yaml names no schema: its defaults list begins with one of train, train_part, quickstart, generate, "
-            "evaluate, codec, as '- schema: train'",
+            "{configs}/bare.yaml names no schema: its defaults list begins with one of train, train_part, quickstart, "
+            "generate, evaluate, codec, as '- schema: train'",
         ),
         (
             "experiments/system/lost",

@@ -57,7 +57,8 @@ def test_the_cache_and_the_memory_give_the_same(load, tmp_path):
     for index in range(5):
         found, given = dataset[0, index], memory[0, index]
         assert found["id"] == given["id"]
-        assert torch.equal(found["codes"], given["codes"]) and torch.equal(found["features"], given["features"])
+        assert torch.equal(found["codes"], given["codes"])
+        assert torch.equal(found["features"], given["features"])
 
 
 def test_a_reader_that_is_a_frame_late_is_told(load, tmp_path):
