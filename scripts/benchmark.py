@@ -17,7 +17,7 @@ from importlib import import_module
 from benchmarks.measure import machine, show
 
 from vaura.errors import InputError
-from vaura.generate import pick_device
+from vaura.precision import pick_device
 
 VERBS = ("decode", "encode", "train", "load")
 

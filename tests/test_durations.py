@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from vaura.data.wanted import open_clip
+from vaura.drawing import VideoToAudio
 from vaura.errors import InputError
-from vaura.generate import VideoToAudio
 from vaura.media.audio import write_wav
 from vaura.media.mux import write_video
 from vaura.timing import align_repeated, published_windows, windows

@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 import vaura.data.sound
 import vaura.generate
 from vaura.data.wanted import find_clips, open_clip
-from vaura.drawing import How, VideoToAudio, pick_device
+from vaura.drawing import How, VideoToAudio
 from vaura.encoder import lazy
 from vaura.errors import InputError
 from vaura.generate import new_folder, summary
@@ -22,6 +22,7 @@ from vaura.launch import run
 from vaura.lm.sampling import Sampler
 from vaura.media.audio import read_audio
 from vaura.media.mux import replace_sound, write_video
+from vaura.precision import pick_device
 from vaura.timing import align
 
 SHARED = Path(os.environ.get("VAURA_SHARED", Path(__file__).parents[2] / "shared"))

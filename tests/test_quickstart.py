@@ -20,8 +20,8 @@ from vaura import quickstart
 from vaura.command import CONFIGS
 from vaura.data import world
 from vaura.data.manifest import Clip, read_manifest
+from vaura.data.sound import Sound
 from vaura.evaluate import Judge
-from vaura.generate import Sound
 from vaura.launch import run
 from vaura.lm.sampling import Sampler
 from vaura.task.contrast import Contrast

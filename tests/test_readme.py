@@ -16,8 +16,9 @@ from vaura.command import SPELLINGS, find_config, runnable, translate
 from vaura.components import check_components
 from vaura.config import check_run, compose, save_config
 from vaura.data.manifest import Clip
+from vaura.data.sound import Sound
+from vaura.drawing import How, VideoToAudio
 from vaura.errors import InputError
-from vaura.generate import How, Sound, VideoToAudio
 
 if sys.version_info >= (3, 11):
     import tomllib

@@ -27,7 +27,6 @@ from torch import Tensor
 from vaura.components import check_components, instantiate
 from vaura.config import save_config
 from vaura.data.manifest import VIDEO_SUFFIXES, names_of
-from vaura.drawing import pick_device
 from vaura.encoder.cache import fingerprint
 from vaura.errors import InputError
 from vaura.evaluate import write_json
@@ -37,6 +36,7 @@ from vaura.media.video import open_media, sound_stream
 from vaura.metric.envelope import envelope, lag
 from vaura.metric.log_mel import log_mel_distance
 from vaura.metric.stft import multi_resolution_distance
+from vaura.precision import pick_device
 from vaura.progress import track
 from vaura.protocols import Tokenizer
 from vaura.report import SAMPLE_RATE, colour_map, png, spectrogram

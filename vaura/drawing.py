@@ -30,6 +30,7 @@ from vaura.lm.generation import Progress
 from vaura.lm.sampling import Guidance, Sampler
 from vaura.media.audio import read_audio
 from vaura.media.loudness import HEADROOM, normalise
+from vaura.precision import pick_device
 from vaura.seeds import seed_of
 from vaura.task.token_prediction import LOOPS, Looked
 from vaura.timing import count, cover, exact
@@ -431,18 +432,3 @@ def _looking(model: VideoToAudio, clip: Clip) -> Iterator[Tensor | LazyFeatures]
 def is_of_arrays(data: Any) -> bool:
     """Whether a config of data describes a corpus of stored mels and features."""
     return OmegaConf.is_dict(data) and str(data.get("_target_")) == f"{StoredData.__module__}.{StoredData.__name__}"
-
-
-def pick_device(name: str) -> torch.device:
-    """The device called `name`; "auto" is the first CUDA device where there is one. Raises InputError where it is not here."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cpu", "cuda"):
-        raise InputError(f"device={name} is no device; give auto, cpu, cuda or cuda:1")
-    if device.type == "cuda" and (device.index or 0) >= (here := torch.cuda.device_count()):
-        raise InputError(f"device={name} is not here: this machine has {here} CUDA devices; give device=auto")
-    return device

@@ -35,6 +35,7 @@ from vaura.metric.material import MaterialEar
 from vaura.metric.onset import choose_threshold, onset_f1, onsets
 from vaura.metric.pair import compare_mels, compare_sounds
 from vaura.metric.summary import Heard, Record, summary
+from vaura.precision import pick_device
 from vaura.progress import track
 from vaura.timing import count
 
@@ -338,20 +339,6 @@ def gathered(part: Heard) -> list[Heard]:
     parts: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(parts, part)
     return parts
-
-
-def pick_device(name: str) -> torch.device:
-    """The device called `name`; "auto" is a CUDA device where there is one, and processes take turns among several."""
-    here = torch.cuda.device_count()
-    if name == "auto":
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % here) if here else torch.device("cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise InputError(f"device={name} is no device; give auto, cpu, cuda or cuda:1") from error
-    if device.type == "cuda" and (device.index or 0) >= here:
-        raise InputError(f"device={name} is not here: this machine has {here} CUDA devices; give device=auto")
-    return device
 
 
 # --- what is told ---

@@ -18,14 +18,12 @@ from vaura.config import save_config
 from vaura.data.beginning import Beginning
 from vaura.data.manifest import Clip
 from vaura.data.sound import Sound
-from vaura.data.wanted import ArrayClip, Wanted, batches, check_targets, find_arrays, find_clips, noted, open_clip
-from vaura.drawing import How, VideoToAudio, is_of_arrays, original, pick_device
+from vaura.data.wanted import ArrayClip, Wanted, batches, check_targets, find_arrays, find_clips, noted
+from vaura.drawing import How, VideoToAudio, is_of_arrays, original
 from vaura.encoder.lazy import LazyFeatures
 from vaura.errors import InputError
 from vaura.files import make_folder, write_lines
 from vaura.progress import Bar, bar
-
-__all__ = ["How", "Sound", "VideoToAudio", "generate", "open_clip", "original", "pick_device"]
 
 TOLD = 10
 """Failures that are told in one sentence."""

@@ -1,4 +1,4 @@
-"""The number format that frozen networks compute in, and their compilation: choices of a config, refused in one sentence."""
+"""The device, the number format of frozen networks, and their compilation: choices of a config, refused in one sentence."""
 
 from __future__ import annotations
 
@@ -13,6 +13,25 @@ from torch import nn
 from vaura.errors import InputError
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def pick_device(name: str) -> torch.device:
+    """The device called `name`; "auto" is a CUDA device where there is one, and processes take turns among several.
+
+    Raises InputError where it is not here.
+    """
+    here = torch.cuda.device_count()
+    if name == "auto":
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % here) if here else torch.device("cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise InputError(f"device={name} is no device; give auto, cpu, cuda or cuda:1")
+    if device.type == "cuda" and (device.index or 0) >= here:
+        raise InputError(f"device={name} is not here: this machine has {here} CUDA devices; give device=auto")
+    return device
 
 
 def precision_of(name: str, where: str) -> torch.dtype:

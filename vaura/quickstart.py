@@ -12,10 +12,9 @@ import platform
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.metadata import PackageNotFoundError, version
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from omegaconf import DictConfig, OmegaConf
@@ -30,7 +29,7 @@ from vaura.data.sound import Sound
 from vaura.data.world import World, build, fingerprint
 from vaura.drawing import How, VideoToAudio
 from vaura.errors import InputError
-from vaura.evaluate import Judge, impact_times, listen, only_material, shifted, write_json
+from vaura.evaluate import Judge, impact_times, listen, only_material, shifted, version_of, write_json
 from vaura.files import cache_folder
 from vaura.media.audio import read_audio
 from vaura.progress import track
@@ -81,7 +80,7 @@ def walk(config: DictConfig, folder: Path) -> None:
     """All stages behind the world. The held-out clips are opened by the last three alone."""
     torch.manual_seed(seed_of(config.seed, "weights"))
     task = experiment.build(config, folder)
-    data = load_data(config, task)
+    data = cast(VideoData, load_data(config, task))  # its own world is one of videos
     taught = data.clips["train"][: config.evaluation.teach]
     check_ear(taught)
     with timed(folder, "tokenizer"):
@@ -280,14 +279,6 @@ def origin(config: DictConfig) -> dict[str, Any]:
     """What the figures come from: the seed, and the versions of what ran."""
     versions = {name: version_of(name) for name in ("vaura", "torch", "lightning", "hydra-core", "av")}
     return {"seed": config.seed, "versions": versions | {"python": platform.python_version()}}
-
-
-def version_of(package: str) -> str:
-    """The version of a package, or that it runs from a checkout that nobody installed."""
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"
 
 
 def show(judge: Judge, wavs: list[Tensor], clips: list[Clip], paths: list[Path], number: int) -> list[Example]:

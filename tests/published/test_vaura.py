@@ -10,11 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import vaura
 from vaura import experiment
 from vaura.checkpoint import plain, read_checkpoint
+from vaura.data.wanted import open_clip
+from vaura.drawing import VideoToAudio
 from vaura.errors import InputError
-from vaura.generate import VideoToAudio
 from vaura.lm.llama import TokenLM
 from vaura.published import vaura as published
 from vaura.tokenizer.dac import DAC
@@ -76,7 +76,7 @@ def test_it_generates_at_once_and_nothing_in_its_folder_changes(original, world_
 def test_a_tower_on_its_own_gives_the_features_of_the_one_inside(original, world_video):
     inside = VideoToAudio(original.folder, device="cpu")
     alone = VideoToAudio(original.folder, device="cpu", overrides={"encoder": {"weights": str(original.avclip)}})
-    clip = vaura.generate.open_clip(world_video, 0.0, 0.64)
+    clip = open_clip(world_video, 0.0, 0.64)
     assert torch.equal(inside.features(clip), alone.features(clip))
 
 

@@ -16,6 +16,7 @@ Rahtu 2021, "Taming Visually Guided Sound Generation" (SpecVQGAN).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -313,7 +314,7 @@ class TokenLM(nn.Module):
         x, _ = self._behind(self.prefix_of(condition), self.embed(steps, self.channel_at(condition, 0, steps.shape[2])))
         position = torch.arange(x.shape[1], device=x.device)
         x = self._blocks(x, position, blocks=self.blocks[:-1])
-        last = self.blocks[-1]
+        last = cast(Block, self.blocks[-1])
         q, k, _ = last.attention.split(last.attention_norm(x), self._rotations(position))
         seen = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).tril()
         return (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).masked_fill(~seen, -torch.inf).softmax(-1)

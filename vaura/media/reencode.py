@@ -26,6 +26,7 @@ from vaura.files import write_aside
 from vaura.media import video
 from vaura.media.audio import read_audio
 from vaura.media.mux import AAC_FRAME, AAC_RATES, LAYOUTS
+from vaura.media.pixels import Turn
 
 PRESETS = ("ultrafast", "superfast", "veryfast", "faster", "fast", "medium", "slow", "slower", "veryslow", "placebo")
 
@@ -183,7 +184,7 @@ class Scaler:
         return self.finish.vpull()
 
 
-def _finish(turn: video.Turn, frame: VideoFrame) -> Graph | None:
+def _finish(turn: Turn, frame: VideoFrame) -> Graph | None:
     """What turns frames like `frame` upright and takes an odd last row and column away; None where nothing is to be done."""
     steps = [("transpose", "dir=cclock_flip")] * turn.transpose
     steps += [("hflip", "")] * turn.left_right + [("vflip", "")] * turn.up_down
