@@ -1,6 +1,7 @@
 """Networks taught alone, tiny, from a corpus of arrays and from videos; and the transformer that learns over one of them."""
 
 import pickle
+import re
 from pathlib import Path
 
 import numpy as np
@@ -169,12 +170,14 @@ def test_a_vocoder_is_taught_from_videos(tiny, tmp_path):
 @pytest.mark.parametrize(
     ("more", "told"),
     [
-        (["data=folder", "data.data_dir=."], "no video of"),
+        (["data=folder", "data.data_dir={folder}"], "no video of"),
         (["task=token_prediction"], "needs|no value given|unknown|task"),
     ],
 )
 def test_what_cannot_be_taught_is_told(corpus, tmp_path, capsys, more, told):
+    more = [word.format(folder=tmp_path) for word in more]
     assert run(command("vas_codebook", tmp_path / "run", 2, *more)) != 0
     said = capsys.readouterr().err
+    assert re.search(told, said), said
     assert "Traceback" not in said
     assert said.count("error") == 1

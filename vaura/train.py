@@ -94,6 +94,7 @@ def train(config: DictConfig) -> Path:
         raise KeyboardInterrupt(f"the same command with hydra.run.dir={folder} goes on") from stop
     if rank_zero_only.rank == 0:
         print(f"experiment: {folder}")
+    part()
     return folder
 
 
@@ -206,6 +207,13 @@ class MakeTokens(Callback):
         task = cast(TokenPrediction, pl_module)
         self.data.make_tokens(task.tokenise, task.device, trainer.global_rank, trainer.world_size, all_agree)
         self.data.check_tokens()
+
+
+def part() -> None:
+    """Leave the other processes once all have done: torch may abort one that is still connected when another has gone."""
+    if dist.is_available() and dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
 
 
 def all_agree(number: int) -> bool:

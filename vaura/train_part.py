@@ -25,7 +25,7 @@ from vaura.task.classification import Classification
 from vaura.task.codebook import CodebookLearning
 from vaura.task.codebook_preview import CodebookPreview
 from vaura.task.vocoding import Vocoding
-from vaura.train import Data, build_trainer, by_validation, fit
+from vaura.train import Data, build_trainer, by_validation, fit, part
 
 # of each task: what is taught is called so, and how it is written by itself
 PARTS: dict[type[LightningModule], tuple[str, Any]] = {
@@ -58,6 +58,7 @@ def train_part(config: DictConfig) -> Path:
         raise KeyboardInterrupt(f"the same command with hydra.run.dir={folder} goes on") from stop
     if rank_zero_only.rank == 0:
         print(f"experiment: {folder}\n{name}.weights={path}")
+    part()
     return folder
 
 

@@ -1,5 +1,6 @@
 import argparse
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,7 @@ def test_tables_of_a_made_video_with_a_peer_missing(load, tmp_path, monkeypatch)
     def absent(path, start):
         raise ImportError("No module named 'decord'")
 
+    monkeypatch.setattr(load, "kept_training", partial(load.kept_training, steps=1))
     monkeypatch.setattr(load, "READERS", {"vaura": load._vaura, "PyAV, plain": load._pyav, "decord": absent})
     reading, loading, kept = load.run(arguments(load, "--video", path, "--rounds", 2, "--clips", 4))
     assert [line.name for line in reading.lines] == ["vaura", "PyAV, plain"]

@@ -198,7 +198,7 @@ def generate(
     known = int(writable.any(1).any(0).long().argmax())  # steps before the first that has something to draw
     before = 0 if (prefix := lm.prefix_of(condition)) is None else prefix.shape[1]
     scale = torch.tensor([[guidance.at(min(s / max(lm.num_steps(n) - 1, 1), 1.0)) for s in range(total)] for n in lengths])
-    if run is None or run.max_steps < total or run.before < before:
+    if run is None or run.max_steps < total or run.before != before:
         run = Run(engine, batch, total, sampler, guidance.on, before=before)
     run.begin(_delayed(lm, codes)[order], writable[order], draws[order], scale[order])
     run.look(_part(condition, order, batch), 0)
