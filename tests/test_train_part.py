@@ -170,8 +170,8 @@ def test_a_vocoder_is_taught_from_videos(tiny, tmp_path):
 @pytest.mark.parametrize(
     ("more", "told"),
     [
-        (["data=folder", "data.data_dir={folder}"], "no video of"),
-        (["task=token_prediction"], "needs|no value given|unknown|task"),
+        (["data=folder", "data.data_dir={folder}"], "there is no video below"),
+        (["task=token_prediction"], "encoder"),
     ],
 )
 def test_what_cannot_be_taught_is_told(corpus, tmp_path, capsys, more, told):
