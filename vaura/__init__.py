@@ -29,7 +29,7 @@ def load(
     engine: str = "auto",
     compile: bool = False,
 ) -> VideoToAudio:
-    """A trained experiment, of the house or of V-AURA's own, ready to generate; see `vaura.drawing.VideoToAudio`."""
+    """A trained experiment, of the house or published, ready to generate; see `vaura.drawing.VideoToAudio`."""
     from vaura.drawing import VideoToAudio  # brings torch, which asking for the version does not need
 
     return VideoToAudio(

@@ -30,6 +30,7 @@ from vaura.data.tables import read_rows, read_text
 from vaura.errors import InputError, nearest
 from vaura.protocols import ABSENT
 from vaura.seeds import seed_of, share_of
+from vaura.timing import spread
 
 MEL = "melspec_10s_22050hz"
 YOUTUBE = 11  # characters of a video's id there, with which VGGSound's clips are called first
@@ -144,7 +145,7 @@ class StoredDataset(Dataset):
 def resample_indices(features: int, length: int, repeat: int = 1) -> np.ndarray:
     """Which of `length` vectors stand for all of them where only `features` are wanted: (features * repeat,) int64.
 
-    They lie evenly, each shifted by length // (features + 1), and every one is named `repeat` times, as SpecVQGAN chooses them.
+    Those that `spread` picks, every one named `repeat` times.
     Raises InputError where more are wanted than there are.
 
     >>> resample_indices(5, 212).tolist()
@@ -152,8 +153,7 @@ def resample_indices(features: int, length: int, repeat: int = 1) -> np.ndarray:
     """
     if not 1 <= features <= length:
         raise InputError(f"data.features is {features}; a clip has 1 to {length} of them (data.feature_crop)")
-    even = np.linspace(0, length, features, endpoint=False).astype(np.int64)
-    return np.repeat(even + length // (features + 1), repeat)
+    return np.repeat(spread(features, length).numpy(), repeat)
 
 
 def centre_crop(length: int, wanted: int) -> slice:
