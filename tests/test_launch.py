@@ -64,6 +64,9 @@ def test_interrupted(configs, seen, monkeypatch, capsys, stop):
     assert capsys.readouterr().err == f"interrupted; the same command resumes in {folder}\n"
     assert run(["config=train"], configs) == 130
     assert capsys.readouterr().err == "interrupted\n"
+    monkeypatch.setenv("LOCAL_RANK", "1")  # one process of several tells of it
+    assert run(["config=train"], configs) == 130
+    assert capsys.readouterr().err == ""
 
 
 def test_an_error_of_the_person_has_a_sentence_and_a_defect_of_ours_a_traceback(configs, seen, monkeypatch, refusal):

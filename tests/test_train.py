@@ -407,6 +407,7 @@ def test_ctrl_c_ends_all_processes(fixed, tmp_path):
         _, said = process.communicate(timeout=60)
         assert process.returncode == 130, said
         assert said.splitlines()[-1] == f"interrupted; the same command with hydra.run.dir={tmp_path} goes on"
+        assert said.count("interrupted") == 1
         wait_for(lambda: not members(process.pid), 10)
     assert checkpoint(tmp_path)["global_step"] > 0
 
@@ -425,7 +426,7 @@ def members(session: int) -> list[int]:
 
 
 def test_the_processes_of_a_job_agree_on_a_folder_and_on_who_writes(monkeypatch):
-    for name in ("SLURM_JOB_ID", "SLURM_PROCID", "SLURM_NTASKS", "SLURM_STEP_ID", "RANK", "TORCHELASTIC_RUN_ID"):
+    for name in ("SLURM_JOB_ID", "SLURM_PROCID", "SLURM_NTASKS", "SLURM_STEP_ID", "RANK", "LOCAL_RANK", "TORCHELASTIC_RUN_ID"):
         monkeypatch.delenv(name, raising=False)
     alone = start_time()
     assert not is_follower()
@@ -435,6 +436,7 @@ def test_the_processes_of_a_job_agree_on_a_folder_and_on_who_writes(monkeypatch)
     monkeypatch.setenv("SLURM_STEP_ID", "2")
     for rank in ("0", "3"):
         monkeypatch.setenv("SLURM_PROCID", rank)
+        monkeypatch.setenv("LOCAL_RANK", "0")  # the first of its machine need not be the first of all
         assert start_time() == "job-4711-2" != alone
         assert is_follower() == (rank == "3")
         follows = "hydra.output_subdir=null" in translate([TRAIN]).arguments

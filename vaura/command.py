@@ -204,8 +204,9 @@ def _content(path: Path) -> dict:
 
 
 def is_follower() -> bool:
-    """Whether torchrun or SLURM started this process as a rank other than 0."""
-    return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))) > 0
+    """Whether torchrun, SLURM or Lightning started this process as a rank other than 0."""
+    ranks = ("RANK", "SLURM_PROCID", "LOCAL_RANK")  # the first that is there counts
+    return int(next((os.environ[name] for name in ranks if name in os.environ), "0")) > 0
 
 
 def find_config(given: str, configs: Path = CONFIGS) -> Path:

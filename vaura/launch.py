@@ -17,7 +17,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from vaura import run_folder
-from vaura.command import CONFIGS, Command, list_configs, translate
+from vaura.command import CONFIGS, Command, is_follower, list_configs, translate
 from vaura.config import VERBS, check_run, explain
 from vaura.errors import InputError
 from vaura.refusals import REFUSED
@@ -53,6 +53,8 @@ def _refuse(error: InputError) -> int:
 
 
 def _interrupted(hint: str = "") -> int:
+    if is_follower():
+        return 130  # a terminal stops all processes of a run at once, and one tells of it
     if folder := run_folder.resumable():
         hint = f"the same command resumes in {folder}"
     print("interrupted" + (f"; {hint}" if hint else ""), file=sys.stderr)
