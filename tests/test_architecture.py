@@ -18,7 +18,7 @@ FLOORS = {
         *("protocols", "timing", "errors", "files", "progress", "seeds"),
         *("launch", "command", "config", "components", "refusals", "run_folder"),  # from a command line to its verb
     ),
-    1: ("media", "weights", "checkpoint", "precision"),
+    1: ("media", "weights", "checkpoint", "kept", "precision"),
     2: ("tokenizer", "vocoder", "encoder", "conditioner", "lm", "metric", "data"),
     3: ("task", "published"),
     4: ("experiment",),

@@ -83,7 +83,7 @@ def test_learning_form_sounds_the_same_and_is_written_plain(tmp_path):
     torch.testing.assert_close(vocoder(mel(9)), before)
     vocoder.save(tmp_path / "mine.safetensors")
     torch.testing.assert_close(make(seed=3, weights=str(tmp_path / "mine.safetensors"))(mel(9)), before)
-    with pytest.raises(InputError, match=r"vocoder\.dilations is \[1, 2\], but .* says \[1, 3\]; set vocoder\.dilations"):
+    with pytest.raises(InputError, match=r"vocoder\.dilations is \[1, 2\], but .* was trained with \[1, 3\]; set vocoder\.dilations"):
         make(dilations=(1, 2), weights=str(tmp_path / "mine.safetensors"))
 
 

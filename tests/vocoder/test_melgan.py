@@ -114,7 +114,7 @@ def test_learning_form_sounds_the_same_and_is_written_plain(tmp_path):
 def test_files_of_other_settings_or_kinds_are_refused(tmp_path):
     path = str(tmp_path / "mine.safetensors")
     make().save(path)
-    with pytest.raises(InputError, match=r"vocoder\.width is 4, .* says 2; set vocoder\.width=2"):
+    with pytest.raises(InputError, match=r"vocoder\.width is 4, .* was trained with 2; set vocoder\.width=2"):
         make(width=4, weights=path)
     with pytest.raises(InputError, match="not written by a hifigan"):
         HiFiGAN(weights=path)
@@ -191,5 +191,5 @@ def test_arguments_beside_weights_must_agree(tmp_path):
     write_arguments(tmp_path / "args.yml")
     make(weights=str(tmp_path / "best_netG.pt"))
     write_arguments(tmp_path / "args.yml", ngf=32)
-    with pytest.raises(InputError, match=r"vocoder\.width is 2, but .*args\.yml says 32; set vocoder\.width=32"):
+    with pytest.raises(InputError, match=r"vocoder\.width is 2, but .*args\.yml was trained with 32; set vocoder\.width=32"):
         make(weights=str(tmp_path / "best_netG.pt"))

@@ -6,18 +6,18 @@ What Synchformer's Segment AV-CLIP does with a video transformer (Iashin et al. 
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from vaura.errors import InputError
-from vaura.files import write_aside
+from vaura.kept import agree, keep, kept_settings
+
+KIND = "settings"  # under which its files say theirs
 
 
 class TinyAVCLIP(nn.Module):
@@ -98,8 +98,7 @@ class TinyAVCLIP(nn.Module):
 
     def save(self, path: str | Path) -> None:
         """Write the weights and the settings they belong to. InputError where they cannot be written."""
-        with write_aside(path) as aside:
-            aside.write_bytes(save(self.state_dict(), {"settings": json.dumps(self.settings)}))
+        keep(path, self.state_dict(), KIND, self.settings)
 
     def load(self, path: str | Path) -> None:
         """Read what `save` wrote. Raises InputError where the file is missing, broken or of other settings."""
@@ -108,19 +107,10 @@ class TinyAVCLIP(nn.Module):
             raise InputError(
                 f"encoder weights {path} do not exist; give a file written by a training run, or leave encoder.weights=null"
             )
-        try:
-            with safe_open(path, framework="pt") as file:
-                settings = json.loads((file.metadata() or {}).get("settings", "{}"))
-                state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        except (SafetensorError, json.JSONDecodeError) as error:
-            raise InputError(f"encoder weights {path} are broken ({error}); train the encoder again") from error
-        differing = [key for key, value in self.settings.items() if settings.get(key) != value]
-        if differing:
-            key = differing[0]
-            raise InputError(
-                f"encoder weights {path} belong to encoder.{key}={settings.get(key)}, not {self.settings[key]}; "
-                f"set encoder.{key}={settings.get(key)} or give other weights"
-            )
+        if (written := kept_settings(path, KIND, "encoder.weights")) is None:
+            raise InputError(f"encoder weights {path} say no settings; give a file written by a training run")
+        agree("encoder", self.settings, written, path)
+        state = load_file(path)
         odd = sorted(self.state_dict().keys() ^ state.keys())
         if odd:
             raise InputError(f"encoder weights {path} lack or add {odd[0]}; give a file written by a training run")

@@ -18,12 +18,12 @@ from torch.nn import functional as F
 
 from vaura.checkpoint import tensors_in
 from vaura.errors import InputError
+from vaura.kept import agree, keep, kept_settings
 from vaura.media.mel import LogMel
 from vaura.media.pieces import PIECE, convolution, join, stream, transposed
 from vaura.progress import track
 from vaura.protocols import Vocoder
 from vaura.timing import cover
-from vaura.tokenizer.kept import agree, keep, kept_settings
 
 KIND = "mel_kmeans"  # what a file says that `save` wrote
 TINY = 1e-12  # lets sampling go on where every distance is zero, as in silence
@@ -193,9 +193,9 @@ class MelKMeans(nn.Module):
         """Read what `save` wrote. Raises InputError where the file is absent, not one of ours, or of other settings."""
         if not Path(path).is_file():
             raise InputError(f"tokenizer.weights: there is no file {path}; fit a mel_kmeans tokenizer and save it there")
-        if (written := kept_settings(path, KIND)) is None:
+        if (written := kept_settings(path, KIND, "tokenizer.weights")) is None:
             raise InputError(f"tokenizer.weights: {path} was not written by a mel_kmeans tokenizer; give a file that was")
-        agree(self.settings, written, path)
+        agree("tokenizer", self.settings, written, path)
         tensors = tensors_in(path)
         for name, buffer in self._fitted_buffers().items():
             buffer.copy_(tensors[name])

@@ -17,12 +17,12 @@ from torch.nn import functional as F
 
 from vaura.checkpoint import load_exactly, tensors_in
 from vaura.errors import InputError
+from vaura.kept import agree, keep, kept_settings
 from vaura.media.mel import DecibelMel
 from vaura.media.overlap import overlapping
 from vaura.media.pieces import convolution, join, stream
 from vaura.protocols import Vocoder
 from vaura.timing import cover
-from vaura.tokenizer.kept import agree, keep, kept_settings
 from vaura.tokenizer.quantiser import Coded
 from vaura.tokenizer.specvqgan_network import Network, Sizes, to_network
 
@@ -216,7 +216,7 @@ class SpecVQGAN(nn.Module):
         Raises InputError where the file is absent or broken, was made with other settings, or lacks or exceeds the network.
         """
         if Path(path).suffix == ".safetensors" and Path(path).is_file():
-            agree(self.trained, kept_settings(path, KIND) or {}, path)
+            agree("tokenizer", self.trained, kept_settings(path, KIND, "tokenizer.weights") or {}, path)
         found = tensors_in(path, PREFIXES)
         state = {key: tensor.float() for key, tensor in found.items() if not key.startswith(DROPPED)}
         table = state.get("quantize.embedding.weight")

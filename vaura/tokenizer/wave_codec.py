@@ -18,10 +18,10 @@ from torch.nn import functional as F
 
 from vaura.checkpoint import load_exactly, tensors_in
 from vaura.errors import InputError
+from vaura.kept import agree, keep, kept_settings
 from vaura.media.pieces import join, stream
 from vaura.timing import cover
 from vaura.tokenizer.dac_network import Conv, Decoder, Encoder, Sizes
-from vaura.tokenizer.kept import agree, keep, kept_settings
 from vaura.tokenizer.quantiser import Coded
 from vaura.tokenizer.rvq import ResidualCodebooks
 
@@ -179,7 +179,7 @@ class WaveCodec(nn.Module):
         where = f"tokenizer.weights: {path}"
         if not Path(path).is_file():
             raise InputError(f"tokenizer.weights: there is no file {path}; {self._untrained()}")
-        written = kept_settings(path, KIND) if Path(path).suffix == ".safetensors" else {}
+        written = kept_settings(path, KIND, "tokenizer.weights") if Path(path).suffix == ".safetensors" else {}
         if written is None:
             raise InputError(f"tokenizer.weights: {path} was not written by a wave_codec tokenizer; give a file that was")
         state = tensors_in(path, (LEARNT, ""))
@@ -188,7 +188,7 @@ class WaveCodec(nn.Module):
             written |= {"sample_rate": sample_rate, "rates": rates}
         if self.num_codebooks < written.get("num_codebooks", 0):
             written["num_codebooks"] = self.num_codebooks
-        agree(self.settings, written, path)
+        agree("tokenizer", self.settings, written, path)
         for name in ("entries", "named", "sums"):
             if (key := f"quantiser.{name}") in state:
                 state[key] = state[key][: self.num_codebooks]

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations
@@ -17,7 +14,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from vaura.checkpoint import folded, load_exactly, tensors_in
 from vaura.errors import InputError
-from vaura.files import write_aside
+from vaura.kept import agree, keep, kept_settings
 from vaura.media.pieces import Reach, join, stream
 from vaura.timing import cover
 
@@ -88,12 +85,11 @@ class LearntVocoder(nn.Module):
         parts = [
             (f"{name}.{part}", getattr(module, part)) for name, module in convolutions(self) for part in ("weight", "bias")
         ]
-        return {key: tensor.detach().cpu().contiguous() for key, tensor in parts}
+        return dict(parts)
 
     def save(self, path: str | Path) -> None:
         """Write the weights with the settings, as safetensors that the constructor reads."""
-        with write_aside(path) as aside:
-            aside.write_bytes(save(self.weights(), {self.kind: json.dumps(self.settings)}))
+        keep(path, self.weights(), self.kind, self.settings)
 
     def load(self, path: str | Path) -> None:
         """Read what `save` wrote, or published tensors by the same names with weight_g and weight_v in place of weight.
@@ -102,7 +98,10 @@ class LearntVocoder(nn.Module):
         """
         path = Path(path)
         if path.suffix == ".safetensors" and path.is_file():
-            agree(self.settings, written_settings(path, self.kind), str(path))
+            written = kept_settings(path, self.kind, "vocoder.weights")
+            if written is None:
+                raise InputError(f"vocoder.weights: {path} was not written by a {self.kind} vocoder; give a file that was")
+            agree("vocoder", self.settings, written, path)
         where = f"vocoder.weights: {path}"
         load_exactly(self, folded(tensors_in(path), where), where)
 
@@ -110,24 +109,6 @@ class LearntVocoder(nn.Module):
 def convolutions(module: nn.Module) -> list[tuple[str, nn.Conv1d | nn.ConvTranspose1d]]:
     found = module.named_modules()
     return [(name, part) for name, part in found if isinstance(part, nn.Conv1d | nn.ConvTranspose1d)]
-
-
-def written_settings(path: Path, kind: str) -> dict[str, Any]:
-    try:
-        with safe_open(path, "pt") as file:
-            written = json.loads((file.metadata() or {}).get(kind, "null"))
-    except SafetensorError as error:
-        raise InputError(f"vocoder.weights: {path} is no whole safetensors file ({error}); write it anew") from error
-    if written is None:
-        raise InputError(f"vocoder.weights: {path} was not written by a {kind} vocoder; give a file that was")
-    return written
-
-
-def agree(settings: Mapping[str, Any], written: Mapping[str, Any], where: str) -> None:
-    """Raise InputError at the first of our settings that is another one in `written`."""
-    for name, value in settings.items():
-        if name in written and written[name] != value:
-            raise InputError(f"vocoder.{name} is {value}, but {where} says {written[name]}; set vocoder.{name}={written[name]}")
 
 
 def whole_numbers(values: Sequence[int]) -> list[int]:

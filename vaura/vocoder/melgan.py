@@ -16,8 +16,9 @@ import yaml
 from torch import Tensor, nn
 
 from vaura.errors import InputError
+from vaura.kept import agree
 from vaura.media.pieces import Reach, reach
-from vaura.vocoder.learnt import LearntVocoder, agree, whole_numbers
+from vaura.vocoder.learnt import LearntVocoder, whole_numbers
 
 SLOPE = 0.2  # of the leaky rectifiers
 ARGUMENTS = "args.yml"  # what the original writes beside its weights
@@ -68,7 +69,7 @@ class MelGAN(LearntVocoder):
         beside = Path(path).with_name(ARGUMENTS)
         if Path(path).suffix != ".safetensors" and beside.is_file():
             said = read_arguments(beside)
-            agree(self.settings, {ours: said[theirs] for theirs, ours in THEIRS.items() if theirs in said}, str(beside))
+            agree("vocoder", self.settings, {ours: said[name] for name, ours in THEIRS.items() if name in said}, beside)
         super().load(path)
 
     def sound(self, mel: Tensor) -> Tensor:
