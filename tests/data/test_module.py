@@ -274,3 +274,21 @@ def test_a_corpus_trains_from_its_config(listed):
     batch = next(iter(made.loader("train")))
     assert batch["video"].shape == (2, 5, 3, 16, 16)
     assert batch["audio"].shape == (2, 1, RATE // 2)
+
+
+def test_short_sounds_are_looped_or_followed_by_silence_where_sound_alone_is_learnt(folder):
+    manifest = {"data_dir": str(folder), "random_start": True, "duration": 2.25}
+    with pytest.raises(InputError, match=r"data\.short=loop makes sound longer, not pictures"):
+        data(short="loop", **manifest)
+    with pytest.raises(InputError, match=r"data\.short is 'cut'; choose from leave_out, loop, pad"):
+        data(short="cut", fps=None, **manifest)
+    with pytest.warns(UserWarning, match=r"text\.mp4"):
+        looped, padded = (data(short=short, fps=None, **manifest) for short in ("loop", "pad"))
+    for own in (looped, padded):
+        assert len(own.clips["train"]) + len(own.clips["val"]) == 6
+    repeated, followed = (own.dataset("train")[5, 0]["audio"][0] for own in (looped, padded))
+    assert len(repeated) == len(followed) == 18_000  # 2.25 s
+    assert torch.equal(repeated[:8000], repeated[8000:16000])
+    assert torch.equal(repeated[:2000], repeated[16000:])
+    assert torch.equal(followed[:8000], repeated[:8000])
+    assert not followed[8000:].any()

@@ -13,9 +13,11 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from vaura.data.manifest import Clip
 from vaura.errors import InputError
 from vaura.media.audio import read_audio
+from vaura.media.mel import of_length
 from vaura.media.video import CENTRE, read_video
 from vaura.progress import track
 from vaura.seeds import seed_of, share_of
+from vaura.timing import count
 
 Batch = dict[str, Any]
 """`video` (B, F, 3, H, W) uint8, `audio` (B, A, N), `id` list of str, `start` (B,) seconds."""
@@ -36,6 +38,7 @@ class ClipDataset(Dataset):
         resize: short side of the picture before the square is cut, pixels; None: `size`.
         reader: what decodes the picture, see `read_video`.
         flip: share of the items that are mirrored.
+        short: how sound that is shorter is made as long, "loop" or "pad" of `media.mel.of_length`; None: it is an error.
     """
 
     def __init__(
@@ -52,8 +55,10 @@ class ClipDataset(Dataset):
         random_start: bool = False,
         random_crop: bool = False,
         flip: float = 0.0,
+        short: str | None = None,
         seed: int = 0,
     ) -> None:
+        self.short = short
         self.clips, self.duration, self.resize, self.reader = clips, duration, resize, reader
         self.fps, self.size, self.sample_rate, self.channels = fps, size, sample_rate, channels
         self.random_start, self.random_crop, self.flip, self.seed = random_start, random_crop, flip, seed
@@ -107,7 +112,10 @@ class ClipDataset(Dataset):
             item: Batch = {"id": clip.id, "start": start}
             if self.fps is not None:
                 item["video"] = read_video(clip.video, start, self.duration, self.fps, **size, place=place, flip=flip)
-            item["audio"] = read_audio(clip.video, start, self.duration, self.sample_rate, self.channels)
+            there = min(self.duration, clip.duration) if self.short else self.duration
+            item["audio"] = read_audio(clip.video, start, there, self.sample_rate, self.channels)
+            if self.short:
+                item["audio"] = of_length(item["audio"], count(self.duration, self.sample_rate), self.short)
         except InputError as error:
             return str(error)
         return item

@@ -23,6 +23,9 @@ from vaura.media.torchcodec_door import check_usable
 from vaura.media.video import READERS
 from vaura.progress import Bar, bar
 
+SHORT = ("leave_out", "loop", "pad")
+"""What may become of clips that are too short."""
+
 TELL = 10
 """Sentences about what was left out that are shown; of more only this many, and how many there are."""
 
@@ -154,6 +157,7 @@ class VideoData:
         manifest: a JSONL file in place of a folder, see `manifest.py`.
         corpus: a reader of `corpus.py`, to which `data_dir` is given.
         duration: seconds of a training clip.
+        short: what becomes of shorter ones: "leave_out", or where sound alone is learnt "loop" or "pad" with silence.
         batch_size: clips a step, per process.
         workers: processes that decode; 0: the main one.
         random_start: cut training clips at another instant every epoch.
@@ -178,6 +182,7 @@ class VideoData:
         manifest: str | None = None,
         corpus: Reader | None = None,
         duration: float,
+        short: str = "leave_out",
         batch_size: int,
         workers: int,
         random_start: bool,
@@ -202,6 +207,14 @@ class VideoData:
                 "data.keep_in_memory=true needs the same span and picture every epoch: set data.random_start=false, "
                 "data.random_crop=false and data.flip=0"
             )
+        if short not in SHORT:
+            raise InputError(f"data.short is '{short}'; choose from {', '.join(SHORT)}")
+        loops = None if short == SHORT[0] else short
+        if loops and fps is not None:
+            raise InputError(
+                f"data.short={short} makes sound longer, not pictures, and this run looks at them: config=configs/prepare.yaml "
+                "makes clips that are long enough"
+            )
         if reader not in READERS:
             raise InputError(f"data.reader is '{reader}'; choose from {', '.join(READERS)}")
         if reader == "torchcodec":
@@ -225,7 +238,12 @@ class VideoData:
         self.batch_size, self.workers, self.seed = batch_size, workers, seed
         self.cache, self.takes, self.cache_format = cache, takes, cache_format
         self.clips = Source(
-            data_dir=data_dir, manifest=manifest, corpus=corpus, duration=duration, val_share=val_share, workers=workers
+            data_dir=data_dir,
+            manifest=manifest,
+            corpus=corpus,
+            duration=None if loops else duration,
+            val_share=val_share,
+            workers=workers,
         )
         for split in needs:
             if not self.clips[split]:
@@ -235,7 +253,7 @@ class VideoData:
         if "train" in needs:
             self.clips["val"]  # whose list, where it is missing, is missed now and not after the first stages
         self._reading = {"duration": duration, "fps": fps, "size": size, "sample_rate": sample_rate, "channels": channels}
-        self._reading |= {"resize": resize, "reader": reader, "seed": seed}
+        self._reading |= {"resize": resize, "reader": reader, "seed": seed, "short": loops}
         self._training = {"random_start": random_start, "random_crop": random_crop, "flip": flip}
         self._keep = keep_in_memory
         self._datasets: dict[str, ClipDataset] = {}

@@ -1,5 +1,7 @@
 """A small world that can be seen and heard: objects of metal, glass, wood and drum skin bounce and ring as they strike.
 
+Another world has other materials, see `SECOND`: whoever knows the first has to learn their looks and sounds anew.
+
 A seed is imagined into a `Scene`; the scene is rendered to frames and to sound, so that every impact is known to the sample.
 `build` writes whole splits as ordinary mp4 files with a manifest, and takes up where it was interrupted.
 
@@ -51,8 +53,16 @@ class Material:
     give: float  # share by which the hardest blow flattens it
 
 
+FIRST = ("metal", "glass", "wood", "drum")
+"""The materials of the first world, which the quickstart knows."""
+
+SECOND = ("bell", "stone", "plastic", "skin")
+"""Those of another one, seen and heard by nobody who knows the first alone."""
+
 # Ratios: metal, a free bar (Euler-Bernoulli) with a detuned twin of its lowest modes, whose beating makes the shimmer;
-# glass, the rim modes of a thin goblet; wood, an undercut xylophone bar; drum, zeros of the Bessel functions (ideal membrane).
+# glass, the rim modes of a thin goblet; wood, an undercut xylophone bar; drum, zeros of the Bessel functions (ideal membrane);
+# bell, the partials of a tuned church bell (hum, prime, tierce, quint, nominal, ...); stone, a stout free bar, nearly all blow;
+# plastic, a hollow box that speaks at its lowest mode; skin, a loaded membrane whose modes are nearly harmonic (tabla).
 MATERIALS: dict[str, Material] = {
     "metal": Material(
         hue=0.60, saturation=0.42, value=0.95, pitch=540.0,
@@ -76,6 +86,27 @@ MATERIALS: dict[str, Material] = {
         decays=(0.16, 0.13, 0.11, 0.10, 0.08, 0.07, 0.05),
         strike=0.45, strike_decay=0.008, strike_width=10, give=0.20,
     ),
+    "bell": Material(
+        hue=0.13, saturation=0.75, value=0.95, pitch=880.0,
+        ratios=(0.5, 1.0, 1.2, 1.5, 2.0, 2.5, 3.0), gains=(0.6, 0.8, 0.9, 0.5, 1.0, 0.4, 0.35),
+        decays=(0.60, 0.45, 0.42, 0.34, 0.30, 0.20, 0.14),
+        strike=0.25, strike_decay=0.002, strike_width=1, give=0.05,
+    ),
+    "stone": Material(
+        hue=0.58, saturation=0.10, value=0.62, pitch=2300.0,
+        ratios=(1.0, 1.9, 2.6), gains=(1.0, 0.6, 0.4), decays=(0.020, 0.012, 0.008),
+        strike=0.90, strike_decay=0.010, strike_width=1, give=0.03,
+    ),
+    "plastic": Material(
+        hue=0.80, saturation=0.78, value=0.90, pitch=720.0,
+        ratios=(1.0, 1.35, 3.9), gains=(1.0, 0.4, 0.2), decays=(0.090, 0.040, 0.015),
+        strike=0.30, strike_decay=0.004, strike_width=3, give=0.12,
+    ),
+    "skin": Material(
+        hue=0.33, saturation=0.75, value=0.75, pitch=205.0,
+        ratios=(1.0, 2.0, 3.0, 4.0, 5.1), gains=(1.0, 0.8, 0.5, 0.3, 0.2), decays=(0.26, 0.20, 0.14, 0.10, 0.06),
+        strike=0.35, strike_decay=0.006, strike_width=6, give=0.22,
+    ),
 }  # fmt: skip
 
 
@@ -83,7 +114,7 @@ MATERIALS: dict[str, Material] = {
 class World:
     """The settings of a world; every scene of it follows from a seed. Raises InputError on settings that cannot be drawn."""
 
-    materials: tuple[str, ...] = ("metal", "glass", "wood", "drum")
+    materials: tuple[str, ...] = FIRST
     size: int = 96  # pixels, square
     fps: float = 25
     sample_rate: int = 16_000
@@ -440,8 +471,57 @@ def _look_drum(x: Array, y: Array, path: _Path, body: Body) -> tuple[Array, Arra
     return distance, np.clip(colour, 0, 1), 1.0
 
 
-_LOOKS = {"metal": _look_metal, "glass": _look_glass, "wood": _look_wood, "drum": _look_drum}
-_HALF_HEIGHTS = {"metal": 1.0, "glass": 1.0, "wood": 0.88, "drum": 0.84}
+def _look_bell(x: Array, y: Array, path: _Path, body: Body) -> tuple[Array, Array, Array | float]:
+    """A bell: a dome that flares to its rim, bright on one side, with a dark band."""
+    flare = 0.45 + 0.13 * (y + 1) + 0.42 * np.clip(y, 0, 1) ** 2
+    crown = np.sqrt(np.clip(x**2 + (y + 0.45) ** 2, 0, None)) - 0.55
+    distance = np.maximum(np.where(y < -0.45, crown, np.abs(x) - flare), y - 1)
+    round_ = np.clip(1 - (x / np.maximum(flare, 0.1)) ** 2, 0, 1)
+    tone = 0.45 + 0.6 * np.sqrt(round_) * (1 - 0.4 * x) - 0.25 * np.exp(-(((y - 0.55) / 0.09) ** 2))
+    shine = np.exp(-(((x + 0.3) / 0.13) ** 2)) * (y < 0.9) * 0.35
+    return distance, np.clip(_tinted(body, tone) + shine[:, None], 0, 1), 1.0
+
+
+def _look_stone(x: Array, y: Array, path: _Path, body: Body) -> tuple[Array, Array, Array | float]:
+    """A rough pebble of eight flat sides that tumbles a quarter turn in every bounce."""
+    u, v = _turned(x, y, body.spin * path.turn * math.pi / 2)
+    sides = [u * math.cos(turn) + v * math.sin(turn) for turn in np.arange(8) * (math.pi / 4)]
+    reach = (0.95, 0.90, 0.95, 1.0, 0.95, 0.92, 0.95, 0.88)
+    distance = np.max([side - far for side, far in zip(sides, reach, strict=True)], axis=0)
+    speckle = np.sin(31 * u + 5 * np.sin(17 * v)) * np.sin(27 * v + 3 * np.sin(23 * u))
+    return distance, np.clip(_tinted(body, (1 + 0.28 * speckle) * (1.0 - 0.22 * (x + y))), 0, 1), 1.0
+
+
+def _look_plastic(x: Array, y: Array, path: _Path, body: Body) -> tuple[Array, Array, Array | float]:
+    """A glossy toy ball, flatly lit, with a white belt."""
+    distance, z = _sphere(x, y)
+    belt = np.clip(1.5 - np.abs(y + 0.25 * x * body.spin) * 9, 0, 1)
+    shine = _highlight(x, y, z, 25)
+    colour = _tinted(body, 0.70 + 0.30 * z)
+    colour = colour + (0.92 - colour) * belt[:, None] + 0.45 * shine[:, None]
+    return distance, np.clip(colour, 0, 1), 1.0
+
+
+_LOOKS = {
+    "metal": _look_metal,
+    "glass": _look_glass,
+    "wood": _look_wood,
+    "drum": _look_drum,
+    "bell": _look_bell,
+    "stone": _look_stone,
+    "plastic": _look_plastic,
+    "skin": _look_drum,
+}
+_HALF_HEIGHTS = {
+    "metal": 1.0,
+    "glass": 1.0,
+    "wood": 0.88,
+    "drum": 0.84,
+    "bell": 1.0,
+    "stone": 0.95,
+    "plastic": 1.0,
+    "skin": 0.84,
+}
 
 
 def _sphere(x: Array, y: Array) -> tuple[Array, Array]:
