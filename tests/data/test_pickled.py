@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from vaura.data.pickled import read_array
+from vaura.data.pickled import array_as_pickle, read_array
 from vaura.errors import InputError
 
 RANDOM = np.random.default_rng(0)
@@ -32,6 +32,25 @@ def test_arrays_arrive_as_they_were_written(tmp_path, name, protocol):
     read = read_array(tmp_path / "a.pkl")
     assert read.dtype == ARRAYS[name].dtype
     np.testing.assert_array_equal(read, ARRAYS[name])
+
+
+@pytest.mark.parametrize("protocol", [3, 4, 5])
+@pytest.mark.parametrize("name", ARRAYS)
+def test_pickles_written_here_are_pickles(tmp_path, name, protocol):
+    content = array_as_pickle(ARRAYS[name], protocol)
+    assert content[:2] == bytes([0x80, protocol])
+    assert b"numpy._core" not in content  # which NumPy before 2 has not
+    found = pickle.loads(content)
+    assert found.dtype == ARRAYS[name].dtype.newbyteorder("=")
+    np.testing.assert_array_equal(found, ARRAYS[name])
+    (tmp_path / "a.pkl").write_bytes(content)
+    np.testing.assert_array_equal(read_array(tmp_path / "a.pkl"), ARRAYS[name])
+
+
+@pytest.mark.parametrize("array", [np.array([None]), np.array(["a"]), np.array([1j])])
+def test_only_numbers_are_written(array):
+    with pytest.raises(ValueError, match="is not one of numbers"):
+        array_as_pickle(array)
 
 
 @pytest.mark.parametrize("protocol", [3, 4, 5])

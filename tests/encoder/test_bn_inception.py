@@ -7,7 +7,9 @@ from torch import Tensor
 
 from vaura.encoder.bn_inception import SIZE, BNInception, Network, resized_as_pillow
 from vaura.errors import InputError
+from vaura.media.flow import OpticalFlow
 from vaura.media.pixels import scaled
+from vaura.media.tvl1 import TVL1
 from vaura.protocols import Encoder
 
 
@@ -103,6 +105,16 @@ def test_for_flow_the_first_kernels_are_averaged_over_colours(state, file):
     kernels = BNInception(file, modality="flow").network["conv1_7x7_s2"].weight
     torch.testing.assert_close(kernels, state["conv1_7x7_s2.weight"].mean(1, keepdim=True).repeat(1, 2, 1, 1))
     assert BNInception(file, modality="flow")(pictures(1, 2, 2, 64, 85)).shape == (1, 2, 1024)
+
+
+def test_a_video_becomes_features_of_its_flow(file, world_video):
+    flow, encoder = OpticalFlow(TVL1(scales=1, warps=1, outer=1), resize=(32, 42)), BNInception(file, modality="flow")
+    frames = flow.read(world_video, duration=0.28)
+    features = encoder(flow(frames)[None])
+    assert features.shape == (1, 5, 1024)  # of six frames
+    rest = encoder(flow(frames[:1].expand(2, -1, -1))[None])[0, 0]
+    apart = (features[0] - rest).abs().amax(-1)
+    assert (apart > 1e-3).all()  # something falls in every picture
 
 
 def test_weights_of_flow_are_taken_as_they_are(tmp_path):

@@ -60,6 +60,17 @@ def read_part(path: Path) -> Part:
         raise InputError(f"{path} is missing or broken ({error}); prepare its folder again, which makes it") from error
 
 
+def read_made_by(path: Path) -> dict[str, Any]:
+    """What a part was made by, without its tensors. Raises InputError where it is missing or broken."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return json.loads(file.metadata()["made_by"])
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise InputError(
+            f"{path} is missing or broken ({error}); the command that prepared its folder makes it again"
+        ) from error
+
+
 def has_part(path: Path, made_by: Mapping[str, Any]) -> bool:
     """Whether there is a whole file of just these makers."""
     try:

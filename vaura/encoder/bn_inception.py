@@ -38,7 +38,8 @@ class BNInception(nn.Module):
     Args:
         weights: the published file, or one of TSN's own training.
         modality: "rgb"; or "flow", whose pictures have two channels: how far things move to the right, and down, as grey levels
-            of `flow_levels`. The published file serves both: its first kernels are averaged over the colours for flow.
+            that `vaura.media.flow` makes. The published file serves both: its first kernels are averaged over the colours for
+            flow.
         batch_size: pictures encoded at once.
     """
 
@@ -93,11 +94,6 @@ class BNInception(nn.Module):
         if self.modality == "flow":
             return pictures.float() - FLOW_MEAN
         return pictures.flip(1).float() - pictures.new_tensor(BGR_MEAN, dtype=torch.float32)[:, None, None]
-
-
-def flow_levels(flow: Tensor, bound: float = 20.0) -> Tensor:
-    """Optical flow, pixels a frame -> grey levels 0 .. 255, not yet rounded; what is faster than `bound` is cut to it."""
-    return (flow.clamp(-bound, bound) + bound) * (255 / (2 * bound))
 
 
 def rename(state: Mapping[str, Tensor], network: Network) -> dict[str, Tensor]:
