@@ -328,9 +328,41 @@ def test_mels_by_class_lie_over_the_middle_of_their_originals(world, tmp_path, w
     assert metrics["mel_distance_db"] == pytest.approx(0.1, rel=1e-2)
     assert metrics["envelope_lag_ms"] == pytest.approx(0, abs=1e-3)
     assert metrics["envelope_correlation"] == pytest.approx(1, abs=1e-4)
+    assert metrics["mel_correlation"] == pytest.approx(1, abs=1e-4)
+    assert not any(name.endswith("_recorded") for name in (*metrics, *metrics["variants"]))  # unless asked for
     assert metrics["mkl"] == pytest.approx(0, abs=1e-2)
     assert "onset_f1" not in metrics
     assert run(["config=evaluate", f"samples={samples}", f"originals={originals}"]) == 2
+
+
+def test_mels_as_perceptalign_compares_them(world, tmp_path):
+    """A second sample of every clip is worse; the recorded correlation is between the samples."""
+    samples, originals, classes = mels(world, tmp_path)
+    firsts = sorted(samples.rglob("*_sample_0.npy"))[::2]
+    noise = np.random.default_rng(0)
+    for first in firsts:
+        worse = np.clip(np.load(first) + 0.1 * noise.standard_normal((80, 848)), 0, 1).astype(np.float32)
+        np.save(first.with_name(first.name.replace("_sample_0", "_sample_1")), worse)
+    for other in set(samples.rglob("*_sample_0.npy")) - set(firsts):
+        other.unlink()
+    metrics = evaluate(samples, originals, classes, "recorded=true", "intervals.resamples=50")
+    assert metrics["settings"]["recorded"] is True
+    between, meant, cut = [], [], []
+    for first in firsts:
+        one, other = (torch.tensor(np.load(first.with_name(first.name.replace("_0.npy", f"_{n}.npy")))) for n in (0, 1))
+        original = originals / ["glass", "metal"][int(first.parent.name[-1])] / "melspec_10s_22050hz"
+        truth = torch.tensor(np.load(original / first.name.replace("_sample_0", "")))
+        between.append(np.corrcoef(one.flatten(), other.flatten())[0, 1])
+        meant += [np.corrcoef(each.flatten(), truth[:, 6:854].flatten())[0, 1] for each in (one, other)]
+        cut += [float((each - truth[:, :848]).square().mean()) for each in (one, other)]
+    assert metrics["mel_correlation_recorded"] == pytest.approx(np.mean(between), rel=1e-5)
+    assert metrics["mel_correlation"] == pytest.approx(np.mean(meant), rel=1e-5)
+    assert metrics["mel_mse_recorded"] == pytest.approx(np.mean(cut), rel=1e-4)
+    assert metrics["mel_mse"] < metrics["mel_mse_recorded"]
+    assert {"mel_dtw_euclidean", "mel_dtw_cosine_recorded"} <= set(metrics["intervals"])
+    explained = [word.removesuffix("_recorded") for word in metrics["variants"]]
+    figures = [name for name in metrics if name.startswith("mel_")]
+    assert all(any(name.startswith(word) for word in explained) for name in figures)
 
 
 def test_mels_beside_the_videos_they_were_made_for(world, tmp_path):

@@ -124,6 +124,25 @@ def test_a_transformer_learns_over_it_and_a_sample_is_heard(transformer):
     assert board.Audio("bell/clip_4/generated")[-1].length_frames == 3 * 4096
 
 
+def test_a_transformer_learns_with_the_alignment_loss(data, codebook, tmp_path):
+    folder = tmp_path / "run"
+    words = [*data, *CODEC.split(), *TRANSFORMER.split(), f"tokenizer.weights={codebook / 'tokenizer.safetensors'}"]
+    words += [
+        "encoder.dim=8",
+        "lm.max_positions=18",
+        "logging.preview_clips=0",
+        "logging.last_every=1",
+        "task.drop_condition=0",
+    ]
+    words += ["task.alignment.lags=4", "task.alignment.segments=4", "task.alignment.width=8"]
+    assert run(command("vas_transformer_aligned", folder, 4, *words)) == 0
+    assert {"train/alignment", "val/alignment", "train/loss"} <= set(board_of(folder).Tags()["scalars"])
+    state = torch.load(folder / "checkpoints/last.ckpt", weights_only=True)["state_dict"]
+    assert state["alignment.audio.bn1.num_batches_tracked"] == 4
+    task, config = experiment.load(folder)
+    assert task.alignment.form == config.task.alignment.form == "fixed"
+
+
 def test_centred_windows_all_see_what_the_first_is_shown(transformer, monkeypatch):
     task, _ = experiment.load(transformer)
     rate, asked, forward = task.tokenizer.frame_rate, [], task.conditioner.forward

@@ -34,6 +34,8 @@ from vaura.metric.features import Features, look
 from vaura.metric.material import MaterialEar
 from vaura.metric.onset import choose_threshold, onset_f1, onsets
 from vaura.metric.pair import compare_mels, compare_sounds
+from vaura.metric.perceptalign import RECORDED, correlation_recorded, likeness, likeness_recorded
+from vaura.metric.perceptalign import VARIANTS as LIKENESS
 from vaura.metric.summary import Heard, Record, summary
 from vaura.precision import pick_device
 from vaura.progress import track
@@ -48,7 +50,7 @@ SOUND_SUFFIXES = (".wav", ".flac", ".mp3", ".ogg", ".opus", ".m4a", ".aac")
 WAVEFORM = "_audio"  # ends the name of an array that is no mel but sound, beside SpecVQGAN's mels
 
 # keys of the config that decide what a figure is
-SETTINGS = ("threshold", "tolerance", "start", "mel", "seconds", "columns", "short", "distribution", "intervals")
+SETTINGS = ("threshold", "tolerance", "start", "mel", "seconds", "columns", "short", "distribution", "intervals", "recorded")
 WEIGHTLESS = {
     "onset_f1": "onsets of all samples together, at 16 kHz, against known impacts or the original's onsets",
     "log_spectral_distance_db": "RMS over a clip of dB spectra of windows of 256, 512 and 1024 samples, at 16 kHz",
@@ -57,7 +59,7 @@ WEIGHTLESS = {
     "loudness": "integrated, BS.1770-4, sample less original",
     "silence_share": "share of 10 ms, or of a mel's columns, below -60 dB of full scale",
     "mel_distance_db": "mean |difference| of mels of -80 to 20 dB",
-}
+} | LIKENESS
 
 
 def impact_times(clip: Clip) -> list[float] | None:
@@ -186,6 +188,7 @@ class Listener:
             or padded (`short`).
         classifier: mel (B, n_mels, M) -> logits; None: nothing is classified.
         batch_size: mels it sees at once.
+        recorded: whether mels are compared as PerceptAlign recorded it, besides.
     """
 
     def __init__(
@@ -199,6 +202,7 @@ class Listener:
         classifier: nn.Module | None = None,
         batch_size: int = 8,
         device: torch.device | str = "cpu",
+        recorded: bool = False,
     ) -> None:
         self.judge, self.mel, self.start = judge, mel, start
         self.seconds, self.columns, self.short = seconds, columns, short
@@ -206,6 +210,10 @@ class Listener:
         self.batch_size, self.device = batch_size, device
         self._heard = Heard([], {}, {}, [])
         self._waiting: list[Waiting] = []
+        self.recorded = recorded
+        self._first: tuple[Record, Tensor | None] | None = (
+            None  # sample of the clip at hand, and its mel until there is another
+        )
 
     @classmethod
     def of(cls, config: DictConfig, judge: Judge) -> Listener:
@@ -220,6 +228,7 @@ class Listener:
             instantiate(config.classifier) if given else None,
             config.batch_size,
             pick_device(config.device),
+            config.recorded,
         )
 
     def hear(self, sample: Path, clip: Clip) -> None:
@@ -253,11 +262,25 @@ class Listener:
             span = start, None if math.isnan(left) else min(self.seconds, left)
         else:
             span = start, len(listen(sample)) / SAMPLE_RATE
-        ours, theirs = self._mel(sample, WHOLE), self._mel(clip.video, span)
-        if sample.suffix == MEL:
-            theirs = middle(theirs, ours.shape[1])
-        figures = compare_mels(ours, theirs, self.mel)
-        return Record(sample.as_posix(), clip.id, figures, silent=figures["silence_share"] == 1), span
+        ours, whole = self._mel(sample, WHOLE), self._mel(clip.video, span)
+        theirs = middle(whole, ours.shape[1]) if sample.suffix == MEL else whole
+        figures = compare_mels(ours, theirs, self.mel) | likeness(ours, theirs)
+        record = Record(sample.as_posix(), clip.id, figures, silent=figures["silence_share"] == 1)
+        if self.recorded:
+            self._as_recorded(record, ours, whole)
+        return record, span
+
+    def _as_recorded(self, record: Record, mel: Tensor, truth: Tensor) -> None:
+        """Add PerceptAlign's figures. Its correlation is one a clip, and of a second sample in place of the original."""
+        record.figures.update(likeness_recorded(mel, truth))
+        if self._first is None or self._first[0].clip != record.clip:
+            self._first = record, mel
+            return
+        del record.figures["mel_correlation_recorded"]
+        first, other = self._first
+        if other is not None:
+            first.figures["mel_correlation_recorded"] = correlation_recorded(other, mel)
+            self._first = first, None
 
     def _as_sounds(self, sample: Path, wav: Tensor, clip: Clip, span: Span) -> Record:
         truth = listen(clip.video, replace(clip, start=span[0], duration=span[1]))
@@ -347,9 +370,9 @@ def gathered(part: Heard) -> list[Heard]:
 def origin(config: DictConfig, listener: Listener) -> dict[str, Any]:
     """What the figures come from: their variants, settings, versions and weights."""
     settings = {key: OmegaConf.to_container(config, resolve=True)[key] for key in SETTINGS}  # type: ignore[index,call-overload]
-    facts: dict[str, Any] = {"variants": WEIGHTLESS, "settings": settings}
+    facts: dict[str, Any] = {"variants": WEIGHTLESS | (RECORDED if listener.recorded else {}), "settings": settings}
     if listener.classifier is not None:
-        facts["variants"] = WEIGHTLESS | VARIANTS
+        facts["variants"] |= VARIANTS
         files = {key: config.classifier.get(key) for key in ("weights", "statistics")}
         facts["classifier"] = {"network": config.classifier["_target_"]} | {
             key: {"file": Path(file).name, "sha256": content_hash(file)} for key, file in files.items() if file

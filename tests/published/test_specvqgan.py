@@ -13,6 +13,7 @@ from vaura import experiment
 from vaura.errors import InputError
 from vaura.lm.sampling import Sampler
 from vaura.published.specvqgan import is_published, read_published
+from vaura.task.alignment import Extractor
 from vaura.tokenizer.specvqgan_network import Network, Sizes
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -100,6 +101,68 @@ def test_a_run_becomes_an_experiment_that_draws(published):
     )
     assert codes.shape == (2, 5, 4)
     assert 0 <= codes.min() <= codes.max() < CODES
+
+
+LOSS = {"K": 4, "tau": 2, "offset": 1, "segments": 16, "pal_weight": 0.5, "ce_weight": 1.0}
+
+
+def extractors(width: int = 6) -> dict[str, torch.Tensor]:
+    """Those of PerceptAlign's loss, of random weights, by their names in its checkpoints."""
+    state = {}
+    for part, channels in (("audio", 80), ("video", 6)):
+        for key, value in Extractor(channels, width).state_dict().items():
+            state[f"{part}_feature_extractor.{key}"] = torch.rand(value.shape) if value.is_floating_point() else value
+    return state
+
+
+def test_a_run_of_perceptaligns_keeps_its_loss(published):
+    told, state = settings(265 + FEATURES), tensors(FEATS, 265 + FEATURES) | extractors()
+    told["model"]["params"]["hyperparameters"] = LOSS
+    folder = published(state, told)
+    reading = read_published(folder)
+    assert set(reading.used) | set(reading.dropped) >= set(state)
+    task, config = experiment.load(folder)
+    loss = task.alignment
+    assert (config.task.alignment.form, loss.form, loss.weight, loss.cross_entropy_weight) == ("legacy", "legacy", 0.5, 1.0)
+    assert (loss.lags, loss.tau, loss.offset, loss.segments, loss.clips) == (4, 2, 1, 16, None)
+    for part in ("audio", "video"):
+        for key, value in getattr(loss, part).state_dict().items():
+            assert torch.equal(value, state[f"{part}_feature_extractor.{key}"]), key
+    value = loss.of_logits(torch.randn(1, 5, 53, CODES), torch.randn(1, FEATURES, 6))
+    assert value is not None
+    assert value.isfinite()
+
+
+def test_extractors_without_their_settings_are_left_aside_and_told(published):
+    state = tensors(FEATS, 265 + FEATURES) | extractors()
+    folder = published(state, settings(265 + FEATURES))
+    reading = read_published(folder)
+    assert {key for key in state if "_feature_extractor." in key} <= set(reading.dropped)
+    assert reading.dropped["audio_feature_extractor.fc.bias"] == "of PerceptAlign's loss, of which the settings say nothing"
+    assert experiment.load(folder)[0].alignment is None
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"K": None}, r"lack model\.params\.hyperparameters\.K,"),
+        ({"segments": 0}, r"hyperparameters\.segments=0, not a whole number above 0"),
+        ({"tau": "1"}, r"hyperparameters\.tau='1', not a number from 0 on"),
+        ({"offset": 1.5}, r"hyperparameters\.offset=1\.5, not a whole number from 0 on"),
+    ],
+)
+def test_settings_of_the_loss_that_are_none_are_named(published, change, said):
+    told = settings(265 + FEATURES)
+    told["model"]["params"]["hyperparameters"] = LOSS | change
+    with pytest.raises(InputError, match=said):
+        read_published(published(tensors(FEATS, 265 + FEATURES) | extractors(), told))
+
+
+def test_a_loss_whose_extractors_are_missing_is_told(published):
+    told = settings(265 + FEATURES)
+    told["model"]["params"]["hyperparameters"] = LOSS
+    with pytest.raises(InputError, match=r"alignment\.audio\.conv1\.weight is missing"):
+        experiment.load(published(tensors(FEATS, 265 + FEATURES), told))
 
 
 def test_every_tensor_is_used_or_accounted_for(published):

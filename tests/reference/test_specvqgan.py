@@ -26,6 +26,7 @@ from vaura.lm.generation import generate, generate_slow, generate_windows
 from vaura.lm.llama import TokenLM
 from vaura.lm.pattern import delay, delays_of, undelay
 from vaura.lm.sampling import Sampler
+from vaura.media import flow
 from vaura.media.mel import DecibelMel, of_length
 from vaura.metric.classification import classification_scores, weighted_cross_entropy
 from vaura.metric.divergence import by_key, divergences, video_key
@@ -35,10 +36,12 @@ from vaura.metric.inception_score import inception_score
 from vaura.metric.kernel import Kernel, kernel_distance
 from vaura.metric.lpaps import LPAPS, convolutions, published_keys
 from vaura.metric.melception import Melception
+from vaura.metric.perceptalign import correlation_recorded, likeness_recorded
 from vaura.metric.vggishish import POOL, VGGishish
 from vaura.protocols import ABSENT, Condition
 from vaura.published.specvqgan import rename
 from vaura.task.adversary import Adam, Adversary, discriminator_loss, feature_matching, generator_loss
+from vaura.task.alignment import Extractor, alignment_loss, lag_shares, resampled
 from vaura.task.codebook import CodebookLearning
 from vaura.task.discriminators import MelGANDiscriminator, PatchDiscriminator, weight_norms
 from vaura.task.reconstruction import MelReconstruction
@@ -446,7 +449,11 @@ def test_bn_inception_recipe(modality, tmp_path):
 
 def test_bn_inception_grey_levels_of_flow():
     case = read("bn_inception_recipe")
-    close(bn_inception.flow_levels(case.input["flow_float"]), case.output["flow_quant_float_before_jpeg"], atol=1e-3)
+    close(flow.levels(case.input["flow_float"], bound=20), case.output["flow_quant_float_before_jpeg"], atol=1e-3)
+    stored = flow.quantised(case.input["flow_float"], bound=20)
+    assert torch.equal(stored, case.output["flow_quant_float_before_jpeg"].round().to(torch.uint8))
+    kept = case.input["flow_float"].clamp(-20, 20)
+    close(flow.restored(stored, bound=20), kept, atol=20 / 255 + 1e-5)
 
 
 def test_bn_inception_is_called_as_published():
@@ -966,3 +973,93 @@ def test_every_published_transformer_has_a_place():
             )
         assert {key: value.shape for key, value in parts_of(state, "lm.").items()} == shapes_of(lm), name
         assert any(key.startswith("conditioner.") for key in state), name
+
+
+# --- PerceptAlign ---
+
+
+def extractor(state: dict[str, Tensor]) -> Extractor:
+    width, channels, _ = state["conv1.weight"].shape
+    module = Extractor(channels, width)
+    load_exactly(module, state, "the case")
+    return module
+
+
+@torch.no_grad()
+def test_pal_extractors():
+    case = read("pal_loss")
+    mel, want = case.input["mel"], case.output
+    video = resampled(case.input["video"].transpose(1, 2), mel.shape[2])
+    close(video, want["video_resampled"], atol=1e-5)
+    for name, seen in (("audio", mel), ("video", video)):
+        close(extractor(case.states[name]).eval()(seen), want[f"{name}_emb_eval"], atol=1e-5)
+        close(extractor(case.states[name]).train()(seen), want[f"{name}_emb_train"], atol=1e-5)
+
+
+def test_pal_loss():
+    case = read("pal_loss")
+    want = case.output
+    sound, picture = want["audio_emb_eval"], want["video_emb_eval"]
+    named = {f"K{one['K']}_tau{one['tau']}_seg{one['segments']}_off{one['offset']}": one for one in case.config["cases"]}
+    assert {form[1] for form in found_in(want, r"pal_(.+)")} == set(named)
+    for name, one in named.items():
+        shares = lag_shares(sound, picture, one["K"], one["segments"], one["tau"], "legacy")
+        close(shares, want[f"cc_{name}"], atol=1e-5)
+        close(alignment_loss(shares, one["offset"], "legacy"), want[f"pal_{name}"], atol=1e-5)
+
+
+def test_pal_order_of_lags():
+    """The recorded form keeps lag 0 at index 0; the temperature of this case is in its numbers alone."""
+    case = read("pal_loss")
+    (form,) = found_in(case.output, r"cc_impulse_late(\d+)")
+    want, late = case.output[form[0]], int(form[1])
+    sound, picture = case.input["impulse_a"], case.input[f"impulse_v_late{late}"]
+    lags, segments = want.shape[2] // 2, want.shape[1]
+    tau = 1 / float(torch.log(want.max() / want.min()))
+    close(lag_shares(sound, picture, lags, segments, tau, "legacy"), want, atol=1e-5)
+    assert want.argmax() == want.shape[2] - late
+    assert lag_shares(sound, picture, lags, segments, tau).argmax() == lags - late  # a sound that comes first
+
+
+@pytest.mark.parametrize("name", ["perceptalign_metrics_ns1", "perceptalign_metrics_ns2"])
+def test_perceptalign_metrics(name):
+    case = read(name)
+    mels, truths, several = case.input["gen"], case.input["gt"], case.config["samples_per_video"]
+    of_clips = mels.unflatten(0, (len(truths), several))
+    figures = [[likeness_recorded(mel, truth) for mel in own] for own, truth in zip(of_clips, truths, strict=True)]
+    correlations = [
+        correlation_recorded(own[0], truth if several == 1 else own[1]) for own, truth in zip(of_clips, truths, strict=True)
+    ]
+    found = {
+        key: float(np.mean([[one[key] for one in own] for own in figures]))
+        for key in figures[0][0]
+        if key != "mel_correlation_recorded"
+    }
+    names = {"mel_mse_recorded": "mean_squared_error"}
+    names |= {
+        f"mel_dtw_{kind}_recorded": f"{kind}_dynamic_time_warping_distance" for kind in ("euclidean", "cosine", "combined")
+    }
+    for ours, theirs in names.items():
+        assert found[ours] == pytest.approx(case.output[theirs].item(), rel=1e-6), ours
+    assert np.mean(correlations) == pytest.approx(case.output["pearson_correlation"].item(), rel=1e-6)
+
+
+def test_every_transformer_of_perceptaligns_has_a_place():
+    for name in recordings.lists("perceptalign_transformer_*"):
+        shapes = recordings.shapes(name)
+        tensors = {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
+        plain, aligned = rename(tensors), rename(tensors, aligned=True)
+        extractors = {key for key in shapes if "_feature_extractor." in key}
+        assert extractors
+        for _, used, dropped in (plain, aligned):
+            assert set(used) | set(dropped) == set(shapes), name
+            assert "unknown to the house" not in dropped.values(), name
+        assert extractors <= set(plain[2])
+        assert extractors <= set(aligned[1])
+        for part in ("audio", "video"):
+            state = {
+                key.removeprefix(f"alignment.{part}."): value.shape for key, value in aligned[0].items() if f".{part}." in key
+            }
+            width, channels, _ = state["conv1.weight"]
+            with torch.device("meta"):
+                assert state == shapes_of(Extractor(channels, width)), name

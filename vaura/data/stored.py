@@ -114,8 +114,7 @@ class StoredDataset(Dataset):
         try:
             item["mel"] = self._mel(clip, epoch)
             if self.random_features:
-                draw = torch.Generator().manual_seed(seed_of(self.seed, "features", epoch, clip.id))
-                item["features"] = torch.rand(self.features, self.dim or 0, generator=draw)
+                item["features"] = self.chance(epoch, clip.id)
             elif self.kinds:
                 item["features"] = self._features(clip)
         except InputError as error:
@@ -124,20 +123,31 @@ class StoredDataset(Dataset):
 
     def _mel(self, clip: StoredClip, epoch: int) -> Tensor:
         path = clip.path(MEL)
-        mel = read_mel(path, self.n_mels)
+        return self.cut_mel(read_mel(path, self.n_mels), epoch, clip.id, path)
+
+    def cut_mel(self, mel: Tensor, epoch: int, name: str, where: str | Path) -> Tensor:
+        """The columns of the mel (80, M) of clip `name`, which lies at `where`, that an item of this epoch shows."""
         if mel.shape[1] < self.mel_frames:
-            raise InputError(f"{path} holds {mel.shape[1]} columns, fewer than data.mel_frames={self.mel_frames}; lower that")
+            raise InputError(f"{where} holds {mel.shape[1]} columns, fewer than data.mel_frames={self.mel_frames}; lower that")
         slack = mel.shape[1] - self.mel_frames
-        first = int((slack + 1) * share_of(self.seed, clip.id, epoch, "crop")) if self.random_crop else slack // 2
+        first = int((slack + 1) * share_of(self.seed, name, epoch, "crop")) if self.random_crop else slack // 2
         return mel[:, first : first + self.mel_frames].contiguous()
 
     def _features(self, clip: StoredClip) -> Tensor:
-        arrays = [_vectors(clip.path(kind)) for kind in self.kinds]
+        return self.cut_features([_vectors(clip.path(kind)) for kind in self.kinds], clip.id)
+
+    def chance(self, epoch: int, name: str) -> Tensor:
+        """What an item of clip `name` has in place of features where they are random."""
+        draw = torch.Generator().manual_seed(seed_of(self.seed, "features", epoch, name))
+        return torch.rand(self.features, self.dim or 0, generator=draw)
+
+    def cut_features(self, arrays: Sequence[np.ndarray], name: str) -> Tensor:
+        """The vectors that an item shows of the features (M, E) of each kind of clip `name`: (F, E)."""
         shared = min(map(len, arrays))  # flow has a picture less
         vectors = torch.from_numpy(np.concatenate([array[:shared] for array in arrays], axis=1).astype(np.float32))
         if self.dim not in (None, vectors.shape[1]):
             told = " and ".join(self.kinds)
-            raise InputError(f"{told} of {clip.id} are {vectors.shape[1]} wide together, not encoder.dim={self.dim}; set that")
+            raise InputError(f"{told} of {name} are {vectors.shape[1]} wide together, not encoder.dim={self.dim}; set that")
         even = F.pad(vectors, (0, 0, 0, self.feature_frames - shared))  # of less than 0 it cuts
         return even[centre_crop(self.feature_frames, self.feature_crop)][self._chosen]
 
@@ -179,6 +189,13 @@ def read_mel(path: str | Path, n_mels: int | None = None, bounds: tuple[float, f
     except Exception as error:  # NumPy reads the header as Python: a damaged one raises SyntaxError, TokenError, TypeError, ...
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise InputError(f"{path} cannot be read as an array ({reason}); replace the file") from error
+    return checked_mel(mel, path, n_mels, bounds)
+
+
+def checked_mel(
+    mel: np.ndarray, path: str | Path, n_mels: int | None = None, bounds: tuple[float, float] = (0.0, 1.0)
+) -> Tensor:
+    """An array that lies at `path` as a mel (n_mels, M) float32; InputError where it is none."""
     if mel.ndim != 2 or mel.dtype.kind != "f" or not mel.size or n_mels not in (None, len(mel)):
         wanted = "mel, a table of bands and columns," if n_mels is None else f"mel of {n_mels} bands"
         raise InputError(f"{path} holds no {wanted} but an array of {mel.dtype} {mel.shape}; replace or remove the file")
@@ -188,7 +205,11 @@ def read_mel(path: str | Path, n_mels: int | None = None, bounds: tuple[float, f
 
 
 def _vectors(path: Path) -> np.ndarray:
-    array = read_array(path)
+    return checked_vectors(read_array(path), path)
+
+
+def checked_vectors(array: np.ndarray, path: str | Path) -> np.ndarray:
+    """An array that lies at `path`, if it is features (M, E); InputError where it is not."""
     if array.ndim != 2 or array.dtype.kind != "f" or not array.size or not np.isfinite(array).all():
         raise InputError(f"{path} holds no features, a table of numbers with a row for each; replace the file")
     return array

@@ -1,4 +1,4 @@
-"""Transformers that SpecVQGAN published, in the house's words.
+"""Transformers that SpecVQGAN published, and PerceptAlign trained, in the house's words.
 
 Such a run's folder holds `checkpoints/*.ckpt` of Lightning, with the frozen codebook inside, and `configs/*-project.yaml`.
 Nothing in it is run or changed: its settings become a config of the house, its tensors those of the token LM and the
@@ -24,6 +24,7 @@ from vaura.errors import InputError
 from vaura.published.reading import Reading, wanted
 
 RECIPES = CONFIGS / "experiments/specvqgan"
+ALIGNMENT = CONFIGS / "alignment/perceptual.yaml"
 CODEBOOK = "first_stage_model."
 RESOLUTION = 848  # columns of a mel, where the settings do not say
 
@@ -40,6 +41,8 @@ RENAMED = (
     (r"cls_embedder\.weight", r"conditioner.class_embed.weight"),
     (r"(?:feat_)?embedder\.((?:weight|bias)(?:_[ih]h_l0)?)", r"conditioner.embed.\1"),
 )
+EXTRACTOR = r"(audio|video)_feature_extractor\.(.+)"  # of PerceptAlign's loss
+LOSS = "hyperparameters"  # the settings of that loss, among those of the model
 QUERY = r"blocks\.(\d+)\.attn\.query\.(weight|bias)"  # with its key and its value one tensor of the house
 DROPPED = (
     (r"blocks\.\d+\.attn\.mask", "the triangle of a causal mask"),
@@ -52,9 +55,10 @@ def is_theirs(tensors: Mapping[str, Any]) -> bool:
     return any(str(key).removeprefix("transformer.") == "tok_emb.weight" for key in tensors)
 
 
-def rename(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str], dict[str, str]]:
+def rename(tensors: Mapping[str, Tensor], aligned: bool = False) -> tuple[dict[str, Tensor], dict[str, str], dict[str, str]]:
     """Tensors by the house's names, with an account: which keys are used, and which are not.
 
+    The extractors of PerceptAlign's loss are used where the model is `aligned`, that is where it has this loss.
     Raises InputError where a block lacks its query, key or value.
     """
     state, used, dropped = dict[str, Tensor](), dict[str, str](), dict[str, str]()
@@ -63,6 +67,12 @@ def rename(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, 
         ours = next((re.sub(old, new, name) for old, new in RENAMED if re.fullmatch(old, name)), None)
         if key.startswith(CODEBOOK):
             used[key] = "tokenizer"
+        elif match := re.fullmatch(EXTRACTOR, key):
+            if aligned:
+                used[key] = ".".join(("alignment", *match.groups()))
+                state[used[key]] = value
+            else:
+                dropped[key] = "of PerceptAlign's loss, of which the settings say nothing"
         elif reason := next((why for pattern, why in DROPPED if re.fullmatch(pattern, name)), None):
             dropped[key] = reason
         elif ours == "conditioner.embed.weight" and value.dim() == 2 and key.removesuffix("weight") + "bias" not in tensors:
@@ -125,7 +135,7 @@ def read_published(folder: Path, checkpoint: Path | None = None) -> Reading:
     if not isinstance(tensors, Mapping) or not is_theirs(tensors):
         raise InputError(f"{checkpoint} holds no transformer of SpecVQGAN; a codebook is given by tokenizer.weights")
     settings = read_settings(folder)
-    state, used, dropped = rename(tensors)
+    state, used, dropped = rename(tensors, LOSS in wanted(settings, "model.params"))
     dropped |= {key: "of the training that made it" for key in content if key not in ("state_dict", "hyper_parameters")}
     return Reading(checkpoint, translate_settings(settings, state, checkpoint), state, used, dropped)
 
@@ -176,11 +186,40 @@ def translate_settings(settings: Mapping[str, Any], state: Mapping[str, Tensor],
             raise InputError(f"{checkpoint} embeds features by {tuple(embed.shape)}, but {gpt}.n_embd is {width}; correct that")
         changes["conditioner"]["embed"] = gates[len(embed) // width]
         changes["encoder"] = {"dim": embed.shape[1]}
+    if LOSS in wanted(settings, "model.params"):
+        changes["task"] = {"alignment": _alignment(settings, state)}
     if "resnet50" in str(settings.get("data")):
         changes["encoder"] = {"kinds": ["feature_resnet50_dim2048_21.5fps"], "instead": "resnet50", "dim": 2048}
     if _says(settings.get("data"), "replace_feats_with_random"):
         changes["data"] = {"random_features": True}
     merged = OmegaConf.merge(config, changes)
+    assert isinstance(merged, DictConfig)
+    return merged
+
+
+def _alignment(settings: Mapping[str, Any], state: Mapping[str, Tensor]) -> DictConfig:
+    """The loss of a model of PerceptAlign's, in the form it was trained with, whose gradients reached nothing."""
+    key = f"model.params.{LOSS}"
+    loss = OmegaConf.load(ALIGNMENT)
+    fc = state.get("alignment.audio.fc.weight")
+    changes = {
+        "form": "legacy",
+        "lags": whole_number(settings, f"{key}.K"),
+        "segments": whole_number(settings, f"{key}.segments"),
+        "clips": None,
+        "width": loss.width if fc is None else len(fc),
+    }
+    names = {"tau": "tau", "offset": "offset", "weight": "pal_weight", "cross_entropy_weight": "ce_weight"}
+    for ours, theirs in names.items():
+        number = wanted(settings, f"{key}.{theirs}")
+        whole = ours == "offset"
+        if type(number) not in ((int,) if whole else (int, float)) or number < 0:
+            what = "a whole number" if whole else "a number"
+            raise InputError(
+                f"the settings of this experiment say {key}.{theirs}={number!r}, not {what} from 0 on; correct *-project.yaml"
+            )
+        changes[ours] = number
+    merged = OmegaConf.merge(loss, changes)
     assert isinstance(merged, DictConfig)
     return merged
 

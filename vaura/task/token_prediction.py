@@ -18,9 +18,12 @@ from vaura.errors import InputError, nearest
 from vaura.lm.engine import Engine
 from vaura.lm.generation import Progress, stream_rolling, stream_windows
 from vaura.lm.llama import TokenLM
+from vaura.lm.lora import merge
 from vaura.lm.sampling import Guidance, Sampler
 from vaura.precision import can_compile
 from vaura.protocols import ABSENT, Condition, Conditioner, Encoder, Tokenizer
+from vaura.task.adaptation import Adaptation
+from vaura.task.alignment import Alignment
 from vaura.task.optimizer import Optimizer
 from vaura.task.sharding import gather, part_again, shard
 from vaura.timing import (
@@ -60,6 +63,9 @@ class TokenPrediction(LightningModule):
         compile: "blocks": compile the LM's blocks when training starts, see `TokenLM.compile_blocks`; False: do not.
         checkpoint_activations: True: compute the inside of every block again in the backward pass, and keep it in memory no
             longer; a number: of the first of so many blocks; False: of none. Losses and gradients stay the same.
+        alignment: called with tokenizer and dim: a loss besides, of what is predicted and the picture; None: there is none.
+        adapt: what conditioner and LM begin with, and what of them learns; checkpoints then hold that alone. None: all learns,
+            from chance.
     """
 
     def __init__(
@@ -75,6 +81,8 @@ class TokenPrediction(LightningModule):
         embed_like_codec: bool = False,
         compile: bool | str = False,
         checkpoint_activations: bool | int = False,
+        alignment: Callable[..., Alignment] | None = None,
+        adapt: Adaptation | None = None,
     ) -> None:
         super().__init__()
         if compile not in (False, "blocks"):
@@ -101,9 +109,14 @@ class TokenPrediction(LightningModule):
                 f"the codes of this tokenizer are {'' if tokenizer_shares else 'not '}of one codebook that all "
                 f"{tokenizer.num_codebooks} share; set lm.shared_codebook={str(tokenizer_shares).lower()}"
             )
+        self.alignment = None if alignment is None else alignment(tokenizer=tokenizer, dim=encoder.dim)
+        self.aligned: Tensor | None = None  # its loss of the last batch
         for part in (tokenizer, encoder):
             if isinstance(part, nn.Module):
                 part.requires_grad_(False).eval()
+        self.adapt = adapt
+        if adapt is not None:
+            adapt(self.lm, self.conditioner)  # type: ignore[arg-type]
 
     def train(self, mode: bool = True) -> TokenPrediction:
         """The frozen parts stay in evaluation mode."""
@@ -131,7 +144,15 @@ class TokenPrediction(LightningModule):
         self.learnt_from = (codes.shape[0], codes.shape[2])  # clips and token frames of the last batch
         condition = self.conditioner(features, codes.shape[2], drop, **self._named(batch.get("label")))
         self.before = 0 if condition.prefix is None else condition.prefix.shape[1]
-        return self.lm.loss(codes, condition, given(codes))
+        if self.alignment is None:
+            return self.lm.loss(codes, condition, given(codes))
+        both = self.alignment(self.lm, codes, given(codes), condition, features, drop, self.global_step)
+        losses, self.aligned = both
+        return losses
+
+    def held_out(self, batch: Batch) -> Tensor:
+        """The losses (K,) of clips that nothing is learnt from: their picture shown, and the sound so far told."""
+        return self.losses(batch, self._hide_end, None)
 
     def _named(self, label: Tensor | None) -> dict[str, Tensor]:
         """What the conditioner is told besides: the class of each clip, where it has such."""
@@ -144,12 +165,12 @@ class TokenPrediction(LightningModule):
         drop = torch.rand(len(batch["id"]), device=self.device) < self.drop_condition
         losses = self.losses(batch, self._hide, drop)
         self._log("train", losses, len(batch["id"]))
-        return losses.mean()
+        return self._total(losses)
 
     def validation_step(self, batch: Batch | None, index: int) -> None:
         if batch is not None:
             self.validated = True
-            self._log("val", self.losses(batch, self._hide_end, None), len(batch["id"]))
+            self._log("val", self.held_out(batch), len(batch["id"]))
 
     def on_validation_epoch_start(self) -> None:
         self.validated = False
@@ -161,6 +182,8 @@ class TokenPrediction(LightningModule):
     def configure_model(self) -> None:
         """Divide the parameters among the processes, where the trainer's strategy is fsdp2 and this is to learn."""
         if self.device_mesh is not None and not self.divided and self.trainer.state.fn == "fit":
+            if self.alignment is not None:
+                raise InputError("task.alignment cannot be divided among processes; set trainer.strategy=ddp")
             shard(self.lm, self.conditioner, self.device_mesh["data_parallel"])
             self.divided = True
             self.strict_loading = False  # Lightning knows nothing of frozen parts; a checkpoint's names are checked before
@@ -183,7 +206,7 @@ class TokenPrediction(LightningModule):
 
     def test_step(self, batch: Batch | None, index: int) -> None:
         if batch is not None:
-            self._log("test", self.losses(batch, self._hide_end, None), len(batch["id"]))
+            self._log("test", self.held_out(batch), len(batch["id"]))
 
     @torch.no_grad()
     def generate(self, features: Looked, duration: float | Sequence[float], **how: Any) -> list[Tensor]:
@@ -359,15 +382,37 @@ class TokenPrediction(LightningModule):
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """What was trained, without the frozen parts."""
         state = super().state_dict(*args, **kwargs)
-        return {key: value for key, value in state.items() if not key.startswith(FROZEN)}
+        frozen = self._frozen()
+        return {key: value for key, value in state.items() if not key.startswith(FROZEN) and key not in frozen}
+
+    def _frozen(self) -> set[str]:
+        """What an adaptation leaves as it was, buffers too: it is in the file of what that began with."""
+        if self.adapt is None:
+            return set()
+        learning = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+        parts = {"lm": self.lm, "conditioner": self.conditioner}
+        return {f"{part}.{key}" for part, module in parts.items() for key in module.state_dict()} - learning  # type: ignore
+
+    def become_plain(self) -> None:
+        """End an adaptation: additions are merged, and the state is that of any model again."""
+        if self.adapt is not None:
+            merge(self.lm)
+            self.adapt = None
+            for part in (self.lm, self.conditioner):
+                part.requires_grad_(True)  # type: ignore[attr-defined]
 
     def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
         """Load what `state_dict` gave; with `strict` anything else missing or unexpected is an error."""
         result = super().load_state_dict(state_dict, strict=False, assign=assign)
-        missing = [key for key in result.missing_keys if not key.startswith(FROZEN)]
+        frozen = self._frozen()
+        missing = [key for key in result.missing_keys if not key.startswith(FROZEN) and key not in frozen]
         if strict and (missing or result.unexpected_keys):
             raise RuntimeError(f"missing keys: {missing[:5]}; unexpected keys: {result.unexpected_keys[:5]}")
         return result
+
+    def _total(self, losses: Tensor) -> Tensor:
+        """What is minimised, of the cross-entropy of each codebook (K,) and the last batch's alignment."""
+        return losses.mean() if self.alignment is None else self.alignment.total(losses.mean(), self.aligned)
 
     def _hide_end(self, codes: Tensor) -> Tensor:
         if not self.hide_last:
@@ -384,5 +429,7 @@ class TokenPrediction(LightningModule):
     def _log(self, split: str, losses: Tensor, batch_size: int) -> None:
         held_out = split != "train"
         shared = {"batch_size": batch_size, "on_epoch": held_out, "on_step": not held_out, "sync_dist": held_out}
-        self.log(f"{split}/loss", losses.mean(), prog_bar=True, **shared)
+        self.log(f"{split}/loss", self._total(losses), prog_bar=True, **shared)
+        if self.aligned is not None:
+            self.log(f"{split}/alignment", self.aligned, **shared)
         self.log_dict({f"{split}/loss_codebook_{k}": loss for k, loss in enumerate(losses)}, **shared)
