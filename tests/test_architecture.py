@@ -22,8 +22,8 @@ FLOORS = {
     2: ("tokenizer", "vocoder", "encoder", "conditioner", "lm", "metric", "data"),
     3: ("task", "published"),
     4: ("experiment",),
-    5: ("train", "drawing", "evaluate", "prepare", "serve", "report"),
-    6: ("generate", "train_part", "codec", "quickstart"),
+    5: ("train", "drawing", "evaluate", "prepare", "report"),
+    6: ("generate", "train_part", "codec", "quickstart", "finetune", "serve"),
 }
 FLOOR_OF = {room: floor for floor, rooms in FLOORS.items() for room in rooms}
 DRAWERS = {"utils", "util", "misc", "common", "helpers", "helper", "manager", "managers", "base", "factory", "factories"}
