@@ -1,0 +1,10 @@
+"""A page to try models on: a silent video goes in, its sound comes out, beside the original.
+
+shelf.py    which models there are, and those in memory
+request.py  what one request asks for, and what may be asked
+rooms.py    a folder for every request, and its end
+work.py     the work: a request and a video in, steps and pieces and results out; no page needed
+cards.py    results as HTML
+page.py     the page and its endpoint (Gradio), page.css, page.js
+start.py    the verb: python main.py config=configs/serve.yaml experiment_path=EXPERIMENT
+"""

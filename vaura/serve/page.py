@@ -1,0 +1,561 @@
+"""The page and its endpoint, by Gradio: what people see and say, handed to the workshop and back."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+import sys
+import threading
+import traceback
+from collections.abc import Iterator, Sequence
+from functools import partial
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from vaura.data.manifest import Clip, find_videos
+from vaura.errors import InputError
+from vaura.media.video import read_video
+from vaura.serve import cards
+from vaura.serve.request import Request
+from vaura.serve.shelf import BEST, classes_of
+from vaura.serve.work import CODEC, ORIGINAL, SAMPLE, Done, Heard, Piece, Step, Stopped, Workshop
+
+MISSING = "the page is made by Gradio, which is not installed: pip install 'vaura[serve]'"
+FAILED = "something went wrong here that is not your fault; try again, or tell who runs this page: its log says what it was"
+FORM = (
+    "model",
+    "checkpoint",
+    "start",
+    "duration",
+    "samples",
+    "guidance",
+    "temperature",
+    "top_k",
+    "top_p",
+    "seed",
+    "prime",
+    "label",
+)
+POLICY = (  # nothing on the page may ask any other server
+    "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; style-src 'self' 'unsafe-inline'; "
+    "img-src 'self' data: blob:; media-src 'self' data: blob:; font-src 'self' data:; connect-src 'self' blob: data:; "
+    "worker-src 'self' blob:; form-action 'self'; base-uri 'self'"
+)
+GUARDS = {"content-security-policy": POLICY, "referrer-policy": "same-origin", "x-content-type-options": "nosniff"}
+
+
+def open_gradio(cache: Path) -> Any:
+    """Gradio, silent towards everybody and with its files in `cache`. Raises InputError where it is not installed."""
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    os.environ["GRADIO_TEMP_DIR"] = str(cache)  # read whenever a file comes in
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    try:
+        import gradio
+    except ModuleNotFoundError as error:
+        raise InputError(MISSING) from error
+    return gradio
+
+
+def address(path: Path) -> str:
+    """Where a browser finds a file, below the page's own address."""
+    return f"gradio_api/file={quote(str(path))}"
+
+
+def theme(gr: Any) -> Any:
+    """Calm colours, those of the report, in fonts that every machine has."""
+    violet = gr.themes.Color(
+        "#f3f1fd", "#e7e3fb", "#d0c9f7", "#b3a8f1", "#9486e8", "#7362da", "#5443c8", "#4536a8", "#372b85", "#2a2166", "#1c1647"
+    )
+    warm = gr.themes.Color(
+        "#faf9f6", "#f3f1ec", "#e3e0d9", "#cfcbc2", "#a19eae", "#7c7986", "#5d5b66", "#45434e", "#302e3a", "#1b1a21", "#131217"
+    )
+    fonts = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif"]
+    mono = ["ui-monospace", "SF Mono", "Menlo", "Consolas", "monospace"]
+    calm = gr.themes.Base(
+        primary_hue=violet, secondary_hue=violet, neutral_hue=warm, radius_size="lg", font=fonts, font_mono=mono
+    )
+    colours = {
+        "body_background_fill": ("#faf9f6", "#131217"),
+        "body_text_color": ("#1d1c22", "#eceaf2"),
+        "body_text_color_subdued": ("#5d5b66", "#a19eae"),
+        "background_fill_primary": ("#ffffff", "#1b1a21"),
+        "background_fill_secondary": ("#faf9f6", "#17161c"),
+        "block_background_fill": ("#ffffff", "#1b1a21"),
+        "block_border_color": ("#e3e0d9", "#302e3a"),
+        "border_color_primary": ("#e3e0d9", "#302e3a"),
+        "block_label_background_fill": ("#ffffff", "#1b1a21"),
+        "block_label_text_color": ("#5d5b66", "#a19eae"),
+        "block_title_text_color": ("#1d1c22", "#eceaf2"),
+        "input_background_fill": ("#faf9f6", "#131217"),
+        "input_border_color": ("#e3e0d9", "#302e3a"),
+        "slider_color": ("#5443c8", "#ab9fff"),
+        "button_primary_background_fill": ("#5443c8", "#ab9fff"),
+        "button_primary_background_fill_hover": ("#4536a8", "#bdb4ff"),
+        "button_primary_text_color": ("#ffffff", "#14121b"),
+        "button_secondary_background_fill": ("#f3f1ec", "#26242e"),
+        "button_secondary_background_fill_hover": ("#eceae4", "#302e3a"),
+        "button_secondary_text_color": ("#1d1c22", "#eceaf2"),
+        "link_text_color": ("#5443c8", "#ab9fff"),
+        "color_accent_soft": ("#f3f1fd", "#262238"),
+    }
+    both = {name: light for name, (light, _) in colours.items()} | {f"{name}_dark": dark for name, (_, dark) in colours.items()}
+    return calm.set(
+        **both,
+        block_shadow="none",
+        block_radius="14px",
+        container_radius="14px",
+        input_radius="9px",
+        block_title_text_weight="500",
+        button_large_radius="99px",
+        button_small_radius="99px",
+        button_large_text_weight="600",
+        shadow_drop="none",
+        shadow_drop_lg="none",
+    )
+
+
+def launching(gr: Any) -> dict[str, Any]:
+    """What `launch` is told about looks and safety."""
+    from starlette.middleware import Middleware
+
+    page = files("vaura.serve")
+    return {
+        "theme": theme(gr),
+        "css": page.joinpath("page.css").read_text("utf-8"),
+        "head": f"<script>{page.joinpath('page.js').read_text('utf-8')}</script>",
+        "app_kwargs": {"middleware": [Middleware(_Guarded)]},
+        "footer_links": ["api"],
+        "show_error": False,  # a defect's words are for the log
+        "enable_monitoring": False,
+        "ssr_mode": False,
+        "pwa": False,
+    }
+
+
+class _Guarded:
+    """Every answer says that the page is to ask nobody else, and to tell nobody whence it was opened."""
+
+    def __init__(self, app: Any) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        async def guarded(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                said = ((name.encode(), value.encode()) for name, value in GUARDS.items())
+                message["headers"] = [*message["headers"], *said]
+            await send(message)
+
+        await self.app(scope, receive, guarded)
+
+
+class Examples:
+    """Videos to try. A copy is made of one that is picked, for nothing but what lies in the rooms is ever shown."""
+
+    def __init__(self, shop: Workshop, folder: str | None, most: int) -> None:
+        self.shop, self.clips = shop, list[Clip]()
+        if most < 1:
+            return
+        if folder is not None:
+            self.clips = [Clip(video.stem, video, float("nan")) for video in find_videos(folder)[:most]]
+        for entry in shop.shelf.entries.values():
+            self.clips += entry.examples(most - len(self.clips))
+        self.clips = [clip for clip in self.clips if clip.video.stat().st_size <= shop.limits.upload_mb * 1e6]
+        self.pictures = [(str(picture), "") for clip in list(self.clips) if (picture := self._picture(clip)) is not None]
+
+    def _picture(self, clip: Clip) -> Path | None:
+        """Its first picture, as a file; None, and no example, where it cannot be read."""
+        from PIL import Image  # comes with Gradio
+
+        target = self.shop.rooms.examples / f"{self.clips.index(clip)}.png"
+        try:
+            frame = read_video(clip.video, clip.start, 0.04, 25.0, 160)[0]
+        except InputError:
+            self.clips.remove(clip)
+            return None
+        Image.fromarray(frame.permute(1, 2, 0).numpy()).save(target)
+        return target
+
+    def pick(self, index: int) -> tuple[str, float, float | None]:
+        """The file of an example, and the span of it."""
+        clip = self.clips[index]
+        folder = self.shop.rooms.examples / str(index)
+        folder.mkdir(exist_ok=True)
+        copy = folder / clip.video.name
+        if not copy.is_file():
+            shutil.copyfile(clip.video, copy)
+        return str(copy), float(clip.start), None if clip.duration != clip.duration else float(clip.duration)
+
+
+class Desk:
+    """Answers the page: one request a visitor at a time, each told in his own words."""
+
+    def __init__(self, shop: Workshop, gr: Any) -> None:
+        self.shop, self.gr, self._stops = shop, gr, dict[str, threading.Event]()
+
+    # --- one visitor's request ---
+
+    def begin(self, visitor: str) -> None:
+        self.stop(visitor)
+        self._stops[visitor] = threading.Event()
+
+    def stop(self, visitor: str) -> None:
+        if stop := self._stops.get(visitor):
+            stop.set()
+
+    def leave(self, visitor: str) -> None:
+        self.stop(visitor)
+        self._stops.pop(visitor, None)
+
+    def answer(self, visitor: str, video: str | None, form: Sequence[Any]) -> Iterator[dict[str, Any]]:
+        """What changes on the page, by name: state, feed, cards by their place, summary, settings."""
+        stop = self._stops.setdefault(visitor, threading.Event())
+        pieces, true, token, width = list[Piece](), None, secrets.token_hex(8), None
+        drawn, made = 0, dict[str, str]()
+        try:
+            if video is not None:
+                width = self.shop.check(video).width
+            tolerance = self.shop.manner.tolerance
+            for event in self.shop.run(self.request(form), video, stop):
+                if isinstance(event, Step):
+                    yield {"state": cards.progress(event)}
+                elif isinstance(event, Piece):
+                    pieces.append(event)
+                    yield {"feed": cards.feed(token, pieces, None if true is None else true.video, address, False)}
+                elif isinstance(event, Heard):
+                    true = event if event.kind == ORIGINAL else true
+                    drawn += event.kind == SAMPLE
+                    place = _place(event, drawn)
+                    made[place] = cards.card(event, address, None if event is true else true, width, tolerance)
+                    yield {place: made[place]}
+                elif isinstance(event, Done):
+                    yield made | self._ended(event, pieces, token)  # a busy browser may have missed one
+        except Stopped:
+            yield {"state": cards.notice("stopped"), "feed": ""}
+        except InputError as error:
+            yield {"state": cards.notice(self.shop.told(error, video), wrong=True), "feed": ""}
+        except Exception:  # a defect of ours: its traceback is for the log, and no visitor's business
+            traceback.print_exc(file=sys.stderr)
+            yield {"state": cards.notice(FAILED, wrong=True), "feed": ""}
+
+    def request(self, form: Sequence[Any]) -> Request:
+        """What a form says; a duration of 0 is none."""
+        said = dict(zip(FORM, form, strict=True))
+        return Request.of(said | {"duration": said["duration"] or None})
+
+    def _ended(self, done: Done, pieces: list[Piece], token: str) -> dict[str, Any]:
+        room = done.heard[0].video.parent
+        changed: dict[str, Any] = {
+            "state": "",
+            "summary": cards.summary(done, room / "settings.json", address),
+            "settings": done.request.json(done.video),
+        }
+        if pieces:
+            changed["feed"] = cards.feed(token, pieces, done.heard[0].video, address, True)
+        return changed
+
+    # --- the endpoint ---
+
+    def endpoint(self, video: str | None, form: Sequence[Any], progress: Any) -> tuple[list[str], dict[str, Any]]:
+        """Files (mp4 and wav of each sample, of the original, and of that through the codec) and what they are."""
+        try:
+            for event in self.shop.run(self.request(form), video):
+                if isinstance(event, Step):
+                    progress(event.share, desc=event.what)
+                elif isinstance(event, Done):
+                    return _files(event), _report(event)
+        except InputError as error:
+            raise self.gr.Error(self.shop.told(error, video), print_exception=False) from error
+        except Exception as error:
+            traceback.print_exc(file=sys.stderr)
+            raise self.gr.Error(FAILED, print_exception=False) from error
+        raise AssertionError("a request ends in Done or by an error")
+
+    def shelf(self) -> list[dict[str, Any]]:
+        """The models, their checkpoints and what is known of them."""
+        return [
+            {"model": entry.name, "checkpoints": list(entry.checkpoints), "about": entry.said}
+            for entry in self.shop.shelf.entries.values()
+        ]
+
+
+def _place(heard: Heard, drawn: int) -> str:
+    return heard.kind if heard.kind in (ORIGINAL, CODEC) else f"{SAMPLE}{drawn}"
+
+
+def _files(done: Done) -> list[str]:
+    order = {SAMPLE: 0, ORIGINAL: 1, CODEC: 2}
+    ranked = sorted(done.heard, key=lambda heard: order[heard.kind])
+    return [str(path) for heard in ranked for path in (heard.video, heard.wav) if path is not None]
+
+
+def _report(done: Done) -> dict[str, Any]:
+    return {
+        "settings": json.loads(done.request.json(done.video)),
+        "seconds": round(done.took, 3),
+        "heard": [
+            {
+                "kind": heard.kind,
+                "video": heard.video.name,
+                "wav": None if heard.wav is None else heard.wav.name,
+                "duration": heard.duration,
+                "onsets": [round(onset, 3) for onset in heard.onsets],
+                "classes": [{"class": name, "share": round(share, 4)} for name, share in heard.classes],
+            }
+            for heard in done.heard
+        ],
+    }
+
+
+def build(gr: Any, shop: Workshop, title: str, examples: Examples, waiting: int, at_once: int) -> Any:
+    """The page (Blocks), ready to be launched."""
+    desk, shelf, limits = Desk(shop, gr), shop.shelf, shop.limits
+    first, model = shelf.entry(None), shelf.model()
+    said = shop.filled(Request())
+    names = list(shelf.entries)
+    places = [f"{SAMPLE}1", ORIGINAL]
+    places += [f"{SAMPLE}2", CODEC, *(f"{SAMPLE}{n}" for n in range(3, limits.samples + 1))] if limits.samples > 1 else [CODEC]
+    private = {"api_visibility": "private"}
+    plain = partial(gr.HTML, apply_default_css=False)
+    at_the_desk = {"queue": False, "show_progress": "hidden", **private}
+
+    with gr.Blocks(title=title, analytics_enabled=False) as page:
+        plain(
+            f'<header class="va-header"><h1>{title}</h1><p>Give a silent video its sound. Upload one, record one, or pick an '
+            "example; then hear what the model makes of it, beside the original.</p></header>"
+        )
+        with gr.Row(elem_id="va-main", equal_height=False):
+            with gr.Column(scale=4, min_width=300, elem_id="va-ask"):
+                video = gr.Video(
+                    label="Video", sources=["upload", "webcam"], include_audio=True, height=300, elem_id="va-video", buttons=[]
+                )
+                about = plain(visible=False)
+                if examples.clips:
+                    plain('<p class="va-label">Or one of these</p>')
+                    gallery = gr.Gallery(
+                        examples.pictures,
+                        columns=4,
+                        height="auto",
+                        object_fit="cover",
+                        allow_preview=False,
+                        interactive=False,
+                        show_label=False,
+                        buttons=[],
+                        elem_id="va-examples",
+                    )
+                with gr.Group():
+                    model_ = gr.Dropdown(names, value=first.name, label="Model", interactive=True, visible=len(names) > 1)
+                    checkpoint = gr.Dropdown(
+                        list(first.checkpoints), value=BEST, label="Checkpoint", info=first.said, interactive=True
+                    )
+                    with gr.Row():
+                        start = gr.Number(0, label="Start", info="seconds into the video", minimum=0, step=0.1, min_width=120)
+                        duration = gr.Number(
+                            0, label="Duration", info="seconds; 0: to its end", minimum=0, step=0.1, min_width=120
+                        )
+                    with gr.Row():
+                        samples = gr.Slider(1, max(limits.samples, 2), 1, step=1, label="Samples", visible=limits.samples > 1)
+                        seed = gr.Number(0, label="Seed", precision=0, minimum=0, min_width=110)
+                    classes = classes_of(model)
+                    label = gr.Dropdown(
+                        classes,
+                        value=None,
+                        label="Class",
+                        info="what it is to sound like",
+                        visible=bool(classes),
+                        interactive=True,
+                    )
+                with gr.Accordion("How it is drawn", open=False):
+                    guidance = gr.Slider(
+                        1, 10, said.guidance, step=0.1, label="Guidance", info="how much the picture counts; 1 switches it off"
+                    )
+                    temperature = gr.Slider(
+                        0, 2, said.temperature, step=0.05, label="Temperature", info="0 always takes the likeliest"
+                    )
+                    with gr.Row():
+                        top_k = gr.Number(said.top_k, label="Top-k", info="0: off", precision=0, minimum=0, min_width=110)
+                        top_p = gr.Number(
+                            said.top_p, label="Top-p", info="0: off", minimum=0, maximum=1, step=0.01, min_width=110
+                        )
+                    prime = gr.Number(
+                        0,
+                        label="Begin with its own sound",
+                        info="seconds of the video's own sound that the samples go on from",
+                        minimum=0,
+                        step=0.08,
+                    )
+                make = gr.Button("Make the sound", variant="primary", size="lg", elem_id="va-make")
+                stop = gr.Button("Stop", size="lg", visible=False, elem_id="va-stop")
+                again = gr.Button("Again with another seed", size="lg", visible=False, elem_id="va-again")
+            with gr.Column(scale=8, min_width=320, elem_id="va-answer"):
+                state = plain(cards.EMPTY, elem_id="va-state")
+                plain('<div id="va-stage"></div>')
+                feed = plain("", elem_classes="va-none")
+                with gr.Column(elem_id="va-results"):
+                    shown = {name: plain(visible=False) for name in places}
+                summary = plain(visible=False)
+                with gr.Accordion("Same again", open=False, visible=False) as same:
+                    settings = gr.Textbox(
+                        label="Settings as JSON",
+                        info="copied, kept, and given again with the same video, they make the same sound",
+                        lines=8,
+                        max_lines=20,
+                        interactive=True,
+                        buttons=["copy"],
+                        elem_id="va-settings",
+                    )
+                    take = gr.Button("Take these settings", size="sm")
+
+        fields = [model_, checkpoint, start, duration, samples, guidance, temperature, top_k, top_p, seed, prime, label]
+        outputs = {"state": state, "feed": feed, "summary": summary, "settings": settings} | shown
+        everything = [*outputs.values(), make, again, stop, same]
+
+        def told(sentence: str, wrong: bool = False) -> Any:
+            return gr.update(value=cards.notice(sentence, wrong), visible=True)
+
+        def begin(request: Any) -> dict[Any, Any]:
+            desk.begin(str(request.session_hash))
+            cleared = {part: gr.update(value="", visible=False) for part in (summary, *shown.values())}
+            return cleared | {
+                state: gr.update(value=cards.progress(Step(0.0, "Waiting for its turn")), visible=True),
+                feed: "",
+                make: gr.update(visible=False),
+                again: gr.update(visible=False),
+                stop: gr.update(visible=True),
+                same: gr.update(visible=False),
+            }
+
+        def run(request: Any, film: str | None, *form: Any) -> Iterator[dict[Any, Any]]:
+            for changed in desk.answer(str(request.session_hash), film, form):
+                update: dict[Any, Any] = {
+                    outputs[name]: value if name in ("feed", "settings") else gr.update(value=value, visible=bool(value))
+                    for name, value in changed.items()
+                }
+                if "settings" in changed:
+                    update[same] = gr.update(visible=True)
+                yield update
+
+        def end() -> dict[Any, Any]:
+            return {make: gr.update(visible=True), again: gr.update(visible=True), stop: gr.update(visible=False)}
+
+        def halt(request: Any) -> None:
+            desk.stop(str(request.session_hash))
+
+        def look(film: str | None) -> Any:
+            if film is None:
+                return gr.update(visible=False)
+            try:
+                found = shop.check(film)
+            except InputError as error:
+                return gr.update(value=cards.notice(shop.told(error, film), wrong=True), visible=True)
+            return gr.update(value=cards.facts(found), visible=True)
+
+        def choose(name: str) -> tuple[Any, ...]:
+            entry = shelf.entry(name)
+            marks = gr.update(choices=list(entry.checkpoints), value=BEST, info=entry.said)
+            try:
+                own, known = shop.filled(Request(model=name)), classes_of(shelf.model(name))
+            except InputError as error:
+                return marks, *[gr.skip()] * 5, told(shop.told(error, None), True)
+            kinds = gr.update(choices=known, value=None, visible=bool(known))
+            return marks, own.guidance, own.temperature, own.top_k, own.top_p, kinds, gr.skip()
+
+        def retake(text: str) -> tuple[Any, ...]:
+            try:
+                wanted = shop.filled(Request.read(text))
+            except InputError as error:
+                return (*[gr.skip()] * len(FORM), told(shop.told(error, None), True))
+            marks = gr.update(choices=list(shelf.entry(wanted.model).checkpoints), value=wanted.checkpoint)
+            said = {**vars(wanted), "checkpoint": marks, "duration": wanted.duration or 0}
+            values = [said[name] for name in FORM]
+            return (*values, told("the settings are taken; with the same video they make the same sound"))
+
+        shared = {"concurrency_id": "sound", "concurrency_limit": at_once}
+
+        for answer in (begin, run, halt):
+            answer.__annotations__["request"] = gr.Request  # by which Gradio knows what is wanted
+
+        def wire(trigger: Any) -> None:
+            trigger.then(begin, None, everything, **at_the_desk).then(
+                run, [video, *fields], everything, show_progress="hidden", **shared, **private
+            ).then(end, None, [make, again, stop], **at_the_desk)
+
+        wire(make.click(lambda: None, **at_the_desk))
+        wire(again.click(lambda: secrets.randbelow(100_000), None, seed, **at_the_desk))
+        stop.click(halt, **at_the_desk)
+        _on_leave(gr, page, desk)
+        video.change(look, video, about, **at_the_desk)
+        model_.input(
+            choose, model_, [checkpoint, guidance, temperature, top_k, top_p, label, state], show_progress="hidden", **private
+        )
+        take.click(retake, settings, [*fields, state], **at_the_desk)
+        if examples.clips:
+
+            def pick(event: Any) -> tuple[Any, ...]:
+                return examples.pick(int(event.index))
+
+            pick.__annotations__["event"] = gr.SelectData
+            gallery.select(pick, None, [video, start, duration], **at_the_desk)
+
+        _endpoints(gr, desk, limits.samples, shared)
+    page.queue(max_size=waiting, default_concurrency_limit=at_once, api_open=True)
+    return page
+
+
+def _on_leave(gr: Any, page: Any, desk: Desk) -> None:
+    def leave(request: Any) -> None:
+        desk.leave(str(request.session_hash))
+
+    leave.__annotations__["request"] = gr.Request
+    page.unload(leave)
+
+
+def _endpoints(gr: Any, desk: Desk, samples: int, shared: dict[str, Any]) -> None:
+    """/generate and /models, for programs: their parts are not seen."""
+
+    def generate(
+        video: str,
+        model: str | None = None,
+        checkpoint: str | None = None,
+        start: float = 0.0,
+        duration: float | None = None,
+        samples: float = 1,
+        guidance: float | None = None,
+        temperature: float | None = None,
+        top_k: float | None = None,
+        top_p: float | None = None,
+        seed: float = 0,
+        prime: float = 0.0,
+        label: str | None = None,
+        progress: Any = gr.Progress(),  # noqa: B008  Gradio finds it by this default
+    ) -> tuple[list[str], dict[str, Any]]:
+        drawn = (guidance, temperature, top_k, top_p, seed, prime, label)
+        return desk.endpoint(video, (model, checkpoint, start, duration, samples, *drawn), progress)
+
+    with gr.Row(visible=False):
+        film = gr.File(label="video", type="filepath")
+        words = {name: gr.Textbox(label=name, value=None) for name in ("model", "checkpoint", "label")}
+        numbers = {
+            name: gr.Number(label=name, value=value)
+            for name, value in (
+                ("start", 0), ("duration", None), ("samples", 1), ("guidance", None), ("temperature", None), ("top_k", None),
+                ("top_p", None), ("seed", 0), ("prime", 0),
+            )
+        }  # fmt: skip
+        made, report = gr.File(label="files", file_count="multiple"), gr.JSON(label="report")
+        known = gr.JSON(label="models")
+        ask, tell = gr.Button("generate"), gr.Button("models")
+    parts = words | numbers
+    ask.click(
+        generate,
+        [film, *(parts[name] for name in FORM)],
+        [made, report],
+        api_name="generate",
+        api_description="Sound for a silent video: files (mp4 and wav of each sample, of the original, and of the original "
+        "through the codec), and a report with the settings that make the same again.",
+        **shared,
+    )
+    tell.click(desk.shelf, None, known, api_name="models", api_description="The models and their checkpoints.", queue=False)
