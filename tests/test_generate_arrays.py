@@ -1,5 +1,6 @@
 """Sound from stored mels and features, and for videos by models that learnt from these: the whole way, on a tiny corpus."""
 
+import json
 import pickle
 
 import numpy as np
@@ -379,3 +380,42 @@ def test_another_vocoder_makes_other_sound_of_the_same_mels(world, plain, tmp_pa
     )
     assert mels[0] == mels[1] == mels[2]
     assert wavs[0] != wavs[1] == wavs[2]
+
+
+# --- another experiment begins with it ---
+
+FEW = (
+    "measures.clips=2 trainer.max_steps=2 trainer.val_check_interval=2 trainer.accelerator=cpu data.batch_size=2 data.workers=0"
+)
+
+
+def tune(world, folder, *more):
+    given = [
+        *world.corpus,
+        f"data.lists.train={world.folder}/train.txt",
+        f"experiment_path={folder}",
+        *FEW.split(),
+        "data.workers=0",
+    ]
+    return run(["config=finetune", "data=vas_stored", *given, *more])
+
+
+def test_a_model_of_arrays_goes_on_with_arrays(world, plain, tmp_path, alone):
+    assert tune(world, plain, "adapt=lora", "adapt.layers=[qkv,up]", f"hydra.run.dir={tmp_path}/new") == 0
+    result = json.loads((tmp_path / "new/finetune.json").read_text())
+    assert {"validation_loss", "mel_distance_db", "envelope_correlation"} <= result["before"].keys() & result["after"].keys()
+    content = torch.load(tmp_path / "new/checkpoints/last.ckpt", weights_only=True)["state_dict"]
+    assert {".".join(key.split(".")[:2]) for key in content} <= {"conditioner.embed", "conditioner.null", "lm.blocks"}
+    assert (tmp_path / "new/tokenizer.safetensors").is_file()  # which its base named by a path
+    before = VideoToAudio(plain, device="cpu", precision="float32").task
+    begun = VideoToAudio(tmp_path / "new", tmp_path / "new/start.safetensors", device="cpu", precision="float32").task
+    assert all(value.equal(before.state_dict()[key]) for key, value in begun.state_dict().items())
+    assert from_arrays(world, tmp_path / "new", "out=drawn") == 0
+
+
+def test_a_model_of_other_classes_is_refused(world, classed, tmp_path, capsys, alone):
+    (tmp_path / "less.txt").write_text("dog/clip_2\ndog/clip_3\n")
+    (tmp_path / "val.txt").write_text("dog/clip_1\n")
+    lists = [f"data.lists.train={tmp_path}/less.txt", f"data.lists.val={tmp_path}/val.txt"]
+    assert tune(world, classed, *lists, f"hydra.run.dir={tmp_path}/new") == 2
+    assert "told one of its 3 classes, and the clips of data name one of 1" in capsys.readouterr().err

@@ -107,7 +107,7 @@ RETIRED = {
 
 # Keys, or last words of keys, whose values are paths, which may hold brackets and whatever else a person calls a file.
 PATHS = {"video", "prompt", "experiment_path", "checkpoint", "out", "resume", "weights", "data_dir", "manifest"}
-PATHS |= {"samples", "originals", "features_cache", "cache", "log_dir", "audio", "compare"}
+PATHS |= {"samples", "originals", "features_cache", "cache", "log_dir", "audio", "compare", "input", "output", "examples"}
 
 # Trees that take any key: they are merged over another config, which knows its own keys.
 FREE = ("overridden_hparams",)

@@ -7,6 +7,7 @@ the schema of a component, any node with `_target_`, is its constructor (vaura/c
 from __future__ import annotations
 
 import inspect
+import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
@@ -28,11 +29,14 @@ from vaura.refusals import REFUSED, hydra_sentence, omegaconf_sentence, unknown_
 VERBS = {
     "train": "vaura.train:train",
     "test": "vaura.train:test",
+    "finetune": "vaura.finetune.run:finetune",
     "train_part": "vaura.train_part:train_part",
     "generate": "vaura.generate:generate",
     "evaluate": "vaura.evaluate:evaluate",
     "codec": "vaura.codec:codec",
     "quickstart": "vaura.quickstart:quickstart",
+    "prepare": "vaura.prepare.prepare:prepare",
+    "serve": "vaura.serve.start:serve",
 }
 
 
@@ -78,6 +82,21 @@ class QuickstartRun(TrainRun):
     world: Any = MISSING  # the synthetic clips
     generation: Any = MISSING  # how the held-out clips are generated
     evaluation: Any = MISSING  # how they are judged, and what is shown
+
+
+@dataclass
+class FinetuneRun(TrainRun):
+    action: str = "finetune"
+    experiment_path: str = MISSING  # the experiment to begin with: its folder, or the name of one of V-AURA's
+    checkpoint: str | None = None  # a checkpoint of it; none takes the best
+    overridden_hparams: dict[str, Any] = field(default_factory=dict)  # merged over its config
+    tokenizer: Any = None  # tokenizer, encoder, conditioner and LM are its own,
+    encoder: Any = None
+    conditioner: Any = None
+    lm: Any = None
+    adapt: Any = MISSING  # what of them learns
+    origin: Any = None  # what they came from, which the run writes down
+    measures: Any = MISSING  # what is measured of held-out clips, before and after
 
 
 @dataclass
@@ -141,6 +160,7 @@ class EvaluateRun:
     short: str = "loop"  # how shorter sound is made longer: loop or pad
     batch_size: int = 8  # mels it hears at once
     device: str = "auto"  # auto, cpu, cuda, cuda:1
+    recorded: bool = False  # whether mels are also compared as PerceptAlign's own figures were made
     distribution: Any = MISSING  # of the published figures: subsets, splits
     intervals: Any = MISSING  # how the intervals are found
 
@@ -159,27 +179,102 @@ class CodecRun:
     device: str = "auto"  # auto, cpu, cuda, cuda:1
 
 
+@dataclass
+class PrepareRun:
+    action: str = "prepare"
+    name: str = "prepare"
+    log_dir: str = "logs"
+    seed: int = 0  # of the splits
+    input: str = MISSING  # the folder of videos, of any size, rate, length and codec
+    output: str = MISSING  # the folder that is made of them
+    cut: Any = MISSING  # how videos become clips
+    splits: Any = MISSING  # shares of train, val and test, and what belongs together
+    mel: Any = None  # the mels that are stored; none: no mels
+    mel_columns: int | None = None  # of each mel, the first; none: all
+    stills: Any = None  # how frames and flow are kept as jpegs; none: no jpegs
+    frames: Any = None  # of which pictures there are jpegs; none: of flow alone
+    flow: Any = None  # the optical flow that is stored; none: no flow
+    encoders: dict[str, Any] = field(default_factory=dict)  # name of a part -> the encoder that makes it
+    tokenizer: Any = None  # what makes codes; none: no codes
+    experiment_path: str | None = None  # an experiment whose tokenizer and encoder make codes and features
+    engine: str = "local"  # local or ray
+    ray: Any = None  # what the engine ray is told
+    workers: int | None = None  # processes of the engine local; none takes the cores
+    device: str = "auto"  # auto, cpu, cuda, cuda:1
+    shard: str | None = None  # i/n: only this share of the videos, for job arrays; none: all, and what is made of all
+    pack: Any = MISSING  # WebDataset shards
+    layout: str | None = None  # specvqgan or specvqgan_flat: also lay the files out as SpecVQGAN's are
+    layout_name: str | None = None  # of the data set there; none takes that of the output folder
+
+
+@dataclass
+class ServeRun:
+    action: str = "serve"
+    name: str = "serve"
+    log_dir: str = "logs"
+    experiment_path: Any = MISSING  # an experiment, a folder that holds several, or a list of either
+    title: str = "vaura"  # of the page
+    host: str = "127.0.0.1"  # 0.0.0.0 lets other machines in
+    port: int | None = 7860  # none takes the first free one from 7860 on
+    share: bool = False  # whether Gradio makes a public address, through a server of theirs
+    open_browser: bool = False
+    examples: str | None = None  # a folder of videos to try; none takes the experiment's own validation clips
+    examples_shown: int = 8
+    folder: str | None = None  # where temporary files go; none takes the system's
+    keep_minutes: float = 60.0  # after which the files of a request are removed
+    upload_mb: float = 100.0  # of one upload
+    seconds: float = 60.0  # of sound in one request
+    samples: int = 4  # in one request
+    at_once: int = 1  # requests that are worked on at once
+    queue: int = 16  # requests that may wait
+    models_kept: int = 2  # in memory
+    device: str = "auto"  # auto, cpu, cuda, cuda:1
+    precision: str = "auto"  # number format of the LM: auto, float32, bfloat16, int8 (weights alone)
+    engine: str = "auto"  # what runs the LM: auto, native, torch
+    compile: bool = False  # whether torch compiles the LM's steps
+    loop: str = "windows"  # how a long sound goes on: windows, rolling, centred, published
+    stride: float | None = None  # seconds between windows; none takes half a window
+    normalize: str = "limit"  # level of the sound: limit, lufs, clip, peak, rms, loudness
+    guidance: float | None = None  # what the page begins with; none takes the experiment's own
+    sampler: Any = None  # what the page begins with; none takes the experiment's own
+    encoder: Any = None  # what looks at videos in place of the experiment's encoder
+    vocoder: Any = None  # what makes sound of mels in place of the experiment's vocoder
+    overridden_hparams: dict[str, Any] = field(default_factory=dict)  # merged over each experiment's config
+    threshold: float = 0.15  # of an onset, share of 20 dB
+    tolerance: float = 0.05  # seconds between an onset and the original's
+    classifier: Any = None  # names what it hears, where it has weights
+    mel: Any = None  # the mels that it hears
+    classes: str | None = None  # a file with a name a line for what the classifier knows
+
+
 SCHEMAS: dict[str, type] = {
     "train": TrainRun,
     "train_part": TrainPartRun,
     "quickstart": QuickstartRun,
+    "finetune": FinetuneRun,
     "generate": GenerateRun,
     "evaluate": EvaluateRun,
     "codec": CodecRun,
+    "prepare": PrepareRun,
+    "serve": ServeRun,
 }
 ACTIONS: dict[type, tuple[str, ...]] = {
     TrainRun: ("train", "test"),
     TrainPartRun: ("train_part",),
     QuickstartRun: ("quickstart", "train", "test"),
+    FinetuneRun: ("finetune", "test"),
     GenerateRun: ("generate",),
     EvaluateRun: ("evaluate",),
     CodecRun: ("codec",),
+    PrepareRun: ("prepare",),
+    ServeRun: ("serve",),
 }
 for _name, _schema in SCHEMAS.items():
     ConfigStore.instance().store(group="schema", name=_name, node=_schema, package="_global_", provider="vaura")
 
 
 # some arithmetic for values that follow from others: ${sum:265,${conditioner.features}}
+OmegaConf.register_new_resolver("product", lambda *numbers: math.prod(numbers), replace=True)
 OmegaConf.register_new_resolver("sum", lambda *numbers: sum(numbers), replace=True)
 OmegaConf.register_new_resolver("max", lambda *numbers: max(numbers), replace=True)
 OmegaConf.register_new_resolver("min", lambda *numbers: min(numbers), replace=True)

@@ -3,6 +3,7 @@
 config.yaml              the run as it was composed, unresolved, so that overrides still flow through it
 tokenizer.safetensors    where the run fitted its own tokenizer
 encoder.safetensors      where the run taught its own encoder
+start.safetensors        where it went on from another experiment: conditioner and LM as they were there
 checkpoints/             epoch=E-step=S-val_loss=X.ckpt, the best ones, and last.ckpt
 tensorboard/ samples/
 """
@@ -26,8 +27,9 @@ from vaura.published import specvqgan
 from vaura.published.vaura import find_experiment, is_published, is_theirs, read_published, rename
 from vaura.task.token_prediction import TokenPrediction
 
-CONFIG, TOKENIZER, ENCODER = "config.yaml", "tokenizer.safetensors", "encoder.safetensors"
-MODEL = ("tokenizer", "encoder", "conditioner", "lm")  # the keys of a config that decide what a checkpoint fits
+CONFIG, TOKENIZER, ENCODER, START = "config.yaml", "tokenizer.safetensors", "encoder.safetensors", "start.safetensors"
+MODEL = ("tokenizer", "encoder", "conditioner", "lm")  # the keys of a config that decide what a checkpoint fits,
+ADAPT = "adapt"  # and what of these it holds
 
 
 def begin(config: DictConfig, folder: Path) -> None:
@@ -41,7 +43,7 @@ def begin(config: DictConfig, folder: Path) -> None:
         save_config(config, path)
         return
     before = load_config(path)
-    for part in MODEL:
+    for part in (*MODEL, ADAPT):
         then, now = (OmegaConf.to_container(c[part], resolve=False) if c.get(part) else {} for c in (before, config))
         assert isinstance(then, dict)
         assert isinstance(now, dict)
@@ -56,11 +58,12 @@ def begin(config: DictConfig, folder: Path) -> None:
 
 
 def build(config: DictConfig, folder: Path | None = None) -> TokenPrediction:
-    """The task that `config` composes, with the tokenizer and the encoder that the experiment in `folder` keeps of its own."""
+    """The task that `config` composes, with what the experiment in `folder` keeps of its own: tokenizer, encoder, beginning."""
     if folder is not None:
         config = config.copy()
-        for part, name in (("tokenizer", TOKENIZER), ("encoder", ENCODER)):
-            if config[part].get("weights") is None and (folder / name).is_file():
+        for part, name in (("tokenizer", TOKENIZER), ("encoder", ENCODER), (ADAPT, START)):
+            present = part in config and config[part] is not None
+            if present and config[part].get("weights") is None and (folder / name).is_file():
                 config[part].weights = str(folder / name)
     return instantiate(config.task)
 
@@ -74,8 +77,9 @@ def load(
     """The trained task of an experiment, in evaluation mode, and its configuration.
 
     An experiment is one of the house, one that V-AURA or SpecVQGAN published, or the name of one of V-AURA's, which is fetched.
-    Takes the best checkpoint by validation loss unless one is named; `overrides` are merged over the configuration. Raises
-    InputError where the folder is no experiment, or the checkpoint is broken or of another model.
+    Takes the best checkpoint by validation loss unless one is named; of an experiment that was fine-tuned, its
+    start.safetensors is the model as it was before. `overrides` are merged over the configuration. Raises InputError where the
+    folder is no experiment, or the checkpoint is broken or of another model.
     """
     folder = find_experiment(folder)
     path = folder / CONFIG
@@ -95,9 +99,11 @@ def load(
         config = merge(config, overrides, f"overridden_hparams of {folder}")
     check_components(config, complete=False)
     task = build(config, folder)
-    content = read_weights(checkpoint) if state is None else {"state_dict": state}
-    check_model(content, task, checkpoint)
-    task.load_state_dict(content["state_dict"])
+    if task.adapt is None or Path(checkpoint).resolve() != (folder / START).resolve():  # with which it is built
+        content = read_weights(checkpoint) if state is None else {"state_dict": state}
+        check_model(content, task, checkpoint)
+        task.load_state_dict(content["state_dict"])
+    task.become_plain()
     return task.to(device).eval(), config
 
 

@@ -25,6 +25,7 @@ from vaura.checkpoint import CHECKPOINTS, best_checkpoint
 from vaura.components import check_components, instantiate
 from vaura.data.manifest import PREDICT
 from vaura.data.module import VideoData
+from vaura.data.packed import PackedData
 from vaura.data.stored import StoredData
 from vaura.encoder.cache import fingerprint
 from vaura.encoder.stored import StoredFeatures
@@ -51,7 +52,7 @@ from vaura.timing import count
 
 for chatter in ("lightning.pytorch", "lightning.fabric"):
     logging.getLogger(chatter).setLevel(logging.WARNING)
-Data = VideoData | StoredData
+Data = VideoData | StoredData | PackedData
 
 UNHELPFUL = (
     r".*`isinstance\(treespec, LeafSpec\)` is deprecated",  # Lightning's use of torch
@@ -150,6 +151,8 @@ def build_trainer(trainer: DictConfig, **supplied: Any) -> Trainer:
 def load_data(config: DictConfig, task: TokenPrediction, needs: Sequence[str] = ("train",)) -> Data:
     """The run's data, read as its encoder and its tokenizer want it. Raises InputError where a split of `needs` is empty."""
     encoder, tokenizer = task.encoder, task.tokenizer
+    if str(config.data._target_).endswith("PackedData"):
+        return load_packed(config, task, needs)
     if isinstance(encoder, StoredFeatures):
         if not str(config.data._target_).endswith("StoredData"):
             raise InputError(f"encoder.kinds are read from a corpus of arrays, and data is none; set encoder={encoder.instead}")
@@ -173,6 +176,32 @@ def load_data(config: DictConfig, task: TokenPrediction, needs: Sequence[str] = 
     )
 
 
+def load_packed(config: DictConfig, task: TokenPrediction, needs: Sequence[str]) -> PackedData:
+    """Shards of codes and features that this very tokenizer and encoder made; of mels, where features are stored."""
+    encoder, tokenizer = task.encoder, task.tokenizer
+    if isinstance(encoder, StoredFeatures):
+        return instantiate(config.data, signal="mel", kinds=encoder.kinds, dim=encoder.dim, needs=needs)
+    for key, part, ready in (("tokenizer", tokenizer, "fitted"), ("encoder", encoder, "learnt")):
+        if not getattr(part, ready, True):
+            raise InputError(f"data holds what a {key} has made, and this one is not there yet; give {key}.weights=ITS_FILE")
+    return instantiate(
+        config.data,
+        segment=encoder.segment / encoder.fps,
+        frame_rate=tokenizer.frame_rate,
+        feature_rate=encoder.frame_rate,
+        num_codebooks=tokenizer.num_codebooks,
+        codebook_size=tokenizer.codebook_size,
+        dim=encoder.dim,
+        makers=makers_of(task),
+        needs=needs,
+    )
+
+
+def makers_of(task: TokenPrediction) -> dict[str, str]:
+    """The fingerprints of the very tokenizer and encoder."""
+    return {"tokenizer": fingerprint(task.tokenizer, Tokenizer), "encoder": fingerprint(task.encoder, Encoder)}
+
+
 def prepare(config: DictConfig, task: TokenPrediction, data: Data, folder: Path) -> None:
     """Fit the tokenizer and teach the encoder, each only where it is not ready, and keep them in the experiment.
 
@@ -190,8 +219,7 @@ def prepare(config: DictConfig, task: TokenPrediction, data: Data, folder: Path)
 
 def keep_tokens(task: TokenPrediction, data: VideoData, folder: str | Path) -> None:
     """Have `data` give the codes and features of these very tokenizer and encoder, kept in `folder`."""
-    makers = {"tokenizer": fingerprint(task.tokenizer, Tokenizer), "encoder": fingerprint(task.encoder, Encoder)}
-    data.keep_tokens(folder, makers)
+    data.keep_tokens(folder, makers_of(task))
 
 
 class MakeTokens(Callback):

@@ -8,7 +8,7 @@ import torch
 
 from vaura.data import world as world_module
 from vaura.data.manifest import read_manifest
-from vaura.data.world import MATERIALS, World, build, fingerprint, imagine, render, sound
+from vaura.data.world import FIRST, MATERIALS, SECOND, World, build, fingerprint, imagine, render, sound
 from vaura.errors import InputError
 from vaura.media.audio import read_audio
 from vaura.media.video import read_video
@@ -225,3 +225,21 @@ def test_bad_seeds_are_told_before_anything_is_written(tmp_path, seeds, words):
 def test_worlds_that_cannot_be_are_told(settings, words):
     with pytest.raises(InputError, match=words):
         World(**settings)
+
+
+def test_another_world_shares_nothing_but_its_physics_with_the_first():
+    assert World().materials == FIRST
+    assert not set(FIRST) & set(SECOND)
+    assert {*FIRST, *SECOND} == set(MATERIALS)
+    one, other = (imagine(7, World(materials=materials)) for materials in (FIRST, SECOND))
+    assert [impact.time for impact in one.impacts] == [impact.time for impact in other.impacts]
+    assert not torch.equal(render(one, World()), render(other, World()))
+    assert fingerprint(World(materials=SECOND), {"train": range(3)}) != fingerprint(World(), {"train": range(3)})
+
+
+def test_the_first_world_is_what_it_was():
+    # recorded: its folder in the cache, and what one clip of it looks and sounds like, summed
+    assert fingerprint(World(), {"train": range(3)}) == "12301fa9d89f"
+    scene = imagine(3, World())
+    assert int(render(scene, World()).long().sum()) == 179481931
+    assert float(sound(scene, World()).double().square().sum()) == pytest.approx(347.410044, rel=1e-6)

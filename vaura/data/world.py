@@ -61,8 +61,8 @@ SECOND = ("bell", "stone", "plastic", "skin")
 
 # Ratios: metal, a free bar (Euler-Bernoulli) with a detuned twin of its lowest modes, whose beating makes the shimmer;
 # glass, the rim modes of a thin goblet; wood, an undercut xylophone bar; drum, zeros of the Bessel functions (ideal membrane);
-# bell, the partials of a tuned church bell (hum, prime, tierce, quint, nominal, ...); stone, a stout free bar, nearly all blow;
-# plastic, a hollow box that speaks at its lowest mode; skin, a loaded membrane whose modes are nearly harmonic (tabla).
+# bell, a bar struck where its high modes speak; stone, hardly more than the blow; plastic, a hollow bar that rings on; skin, a
+# membrane of a higher pitch. They lie where a tokenizer fitted to the first world can still speak of them.
 MATERIALS: dict[str, Material] = {
     "metal": Material(
         hue=0.60, saturation=0.42, value=0.95, pitch=540.0,
@@ -87,25 +87,24 @@ MATERIALS: dict[str, Material] = {
         strike=0.45, strike_decay=0.008, strike_width=10, give=0.20,
     ),
     "bell": Material(
-        hue=0.13, saturation=0.75, value=0.95, pitch=880.0,
-        ratios=(0.5, 1.0, 1.2, 1.5, 2.0, 2.5, 3.0), gains=(0.6, 0.8, 0.9, 0.5, 1.0, 0.4, 0.35),
-        decays=(0.60, 0.45, 0.42, 0.34, 0.30, 0.20, 0.14),
-        strike=0.25, strike_decay=0.002, strike_width=1, give=0.05,
+        hue=0.13, saturation=0.75, value=0.95, pitch=567.0,
+        ratios=(1.0, 2.756, 5.404, 8.933, 13.345), gains=(0.6, 1.0, 0.9, 0.5, 0.3), decays=(0.40, 0.34, 0.24, 0.14, 0.08),
+        strike=0.30, strike_decay=0.002, strike_width=1, give=0.05,
     ),
     "stone": Material(
-        hue=0.58, saturation=0.10, value=0.62, pitch=2300.0,
-        ratios=(1.0, 1.9, 2.6), gains=(1.0, 0.6, 0.4), decays=(0.020, 0.012, 0.008),
-        strike=0.90, strike_decay=0.010, strike_width=1, give=0.03,
+        hue=0.58, saturation=0.10, value=0.62, pitch=1500.0,
+        ratios=(1.0, 2.32, 4.25), gains=(0.5, 1.0, 0.7), decays=(0.022, 0.016, 0.010),
+        strike=0.90, strike_decay=0.008, strike_width=1, give=0.03,
     ),
     "plastic": Material(
-        hue=0.80, saturation=0.78, value=0.90, pitch=720.0,
-        ratios=(1.0, 1.35, 3.9), gains=(1.0, 0.4, 0.2), decays=(0.090, 0.040, 0.015),
-        strike=0.30, strike_decay=0.004, strike_width=3, give=0.12,
+        hue=0.80, saturation=0.78, value=0.90, pitch=420.0,
+        ratios=(1.0, 2.98, 6.05, 1.74), gains=(1.0, 0.6, 0.3, 0.25), decays=(0.14, 0.09, 0.05, 0.07),
+        strike=0.20, strike_decay=0.006, strike_width=4, give=0.12,
     ),
     "skin": Material(
-        hue=0.33, saturation=0.75, value=0.75, pitch=205.0,
-        ratios=(1.0, 2.0, 3.0, 4.0, 5.1), gains=(1.0, 0.8, 0.5, 0.3, 0.2), decays=(0.26, 0.20, 0.14, 0.10, 0.06),
-        strike=0.35, strike_decay=0.006, strike_width=6, give=0.22,
+        hue=0.33, saturation=0.75, value=0.75, pitch=160.0,
+        ratios=(1.0, 1.593, 2.136, 2.653, 2.917), gains=(1.0, 0.8, 0.5, 0.3, 0.2), decays=(0.24, 0.18, 0.14, 0.10, 0.08),
+        strike=0.25, strike_decay=0.008, strike_width=10, give=0.22,
     ),
 }  # fmt: skip
 

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from vaura.errors import InputError, nearest
 from vaura.lm.attention import KVCache, rotary_table
 from vaura.lm.llama import FactorisedEmbedding, TokenLM
+from vaura.lm.lora import merged
 from vaura.lm.native import DTYPES, NativeCache, NoLibrary, Packed, quantise
 from vaura.precision import can_compile, multiplies_bfloat16
 from vaura.protocols import ABSENT
@@ -101,6 +102,7 @@ def engine_for(lm: TokenLM, precision: str = "auto", engine: str = "auto", compi
     for key, value, known in (("precision", precision, PRECISIONS), ("engine", engine, ENGINES)):
         if value not in known:
             raise InputError(f"{key}={value} is none of {', '.join(known)}.{nearest(value, known)}")
+    lm = merged(lm)
     check_finite(lm)
     device = lm.norm.weight.device
     if precision == "auto":

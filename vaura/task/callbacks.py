@@ -21,6 +21,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from torch import Tensor
 
 from vaura.data.clips import Batch, ClipDataset, collate
+from vaura.data.packed import PackedDataset
 from vaura.data.stored import StoredClip, StoredDataset
 from vaura.errors import InputError, nearest
 from vaura.lm.sampling import Sampler
@@ -31,6 +32,7 @@ from vaura.task.contrast import Contrast
 from vaura.task.sharding import whole
 from vaura.task.token_prediction import TokenPrediction
 from vaura.timing import count
+from vaura.vocoder.learnt import has_voice
 
 SHOW = 0.5
 """Seconds between two looks at the metrics beside the bar."""
@@ -41,7 +43,7 @@ BINS = 64
 ASK = 10
 """Steps between two questions among several processes whether one of them was asked to stop."""
 
-Clips = ClipDataset | StoredDataset
+Clips = ClipDataset | StoredDataset | PackedDataset
 
 
 class StepSeeds(Callback):
@@ -248,6 +250,8 @@ class Preview(Callback):
         others: more datasets that those can be of; spans that move from epoch to epoch are followed as they are in the first.
         histograms: whether to count the codes of each codebook, generated and true.
 
+    Nothing is shown where the tokenizer's vocoder has learnt nothing and would make noise.
+
     Raises InputError where no clip is called like one of `tracked`.
     """
 
@@ -270,6 +274,8 @@ class Preview(Callback):
 
     def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
         if not trainer.is_global_zero or not self.followed or not isinstance(module, TokenPrediction):
+            return
+        if not has_voice(module.tokenizer):
             return
         if self.batch is None:
             self.batch = collate([dataset[0, index] for dataset, index in self.followed])
