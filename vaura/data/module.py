@@ -223,7 +223,7 @@ class VideoData:
             raise InputError(f"data.cache_format is '{cache_format}'; choose from {', '.join(NUMBERS)}")
         if takes < 1:
             raise InputError(f"data.takes is {takes}; keep at least 1 of each clip")
-        if takes > 1 and cache is None:
+        if takes > 1 and cache is None and "train" in needs:
             raise InputError(f"data.takes={takes} is what a cache keeps of each clip: name its folder by data.cache=FOLDER")
         if cache is not None:
             cache = str(Path(cache).expanduser())

@@ -46,6 +46,8 @@ def finetune(config: DictConfig) -> Path:
         raise InputError("a model that is fine-tuned is not divided among processes; set trainer.strategy=ddp")
     begun = time.monotonic()
     config = begin(config, folder)
+    if "cache" in config.data and config.data.cache is None:  # takes of few clips are learnt from again and again
+        config.data.cache = str(folder / "tokens")
     try:
         torch.manual_seed(seed_of(config.seed, "weights"))
         task = experiment.build(config, folder)
