@@ -16,6 +16,7 @@ from vaura.encoder.resnet50 import Network
 from vaura.evaluate import find_pairs, open_originals
 from vaura.launch import run
 from vaura.lm.llama import TokenLM
+from vaura.media.audio import write_wav
 from vaura.media.mux import write_video
 from vaura.task.token_prediction import TokenPrediction
 from vaura.vocoder.melgan import MelGAN
@@ -90,6 +91,15 @@ def world(tmp_path_factory):
 @pytest.fixture(scope="module")
 def plain(world):
     return world.train("plain")
+
+
+@pytest.mark.usefixtures("alone")
+def test_other_classes_than_the_lists_name_are_not_learnt(world, tmp_path, capsys):
+    given = [f"data.lists.train={world.folder}/train.txt", f"tokenizer.weights={world.folder}/codebook.safetensors"]
+    asked = ["config=configs/experiments/specvqgan/vas_transformer.yaml", f"hydra.run.dir={tmp_path}/eight"]
+    more = ["conditioner.classes=8", "lm.max_positions=62"]
+    assert run([*asked, *TINY.split(), *world.corpus, *given, *more]) == 2
+    assert "conditioner.classes is 8, and the clips of data are of 3 classes; set conditioner.classes=3" in refused(capsys)
 
 
 @pytest.fixture(scope="module")
@@ -260,6 +270,12 @@ def test_what_a_person_got_wrong_is_one_sentence(world, plain, capsys, more, sai
     assert said in refused(capsys)
 
 
+def test_a_stream_that_cannot_be_is_refused_before_anything_is_drawn(world, plain, tmp_path, capsys):
+    assert from_arrays(world, plain, "loop=rolling", "out=out") == 2
+    assert refused(capsys).startswith("loop=rolling")
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_model_of_videos_takes_no_stored_features(world, tiny, capsys):
     assert from_arrays(world, tiny.folder, "out=out") == 2
     assert "this model's encoder looks at videos; give video=FILE_OR_FOLDER" in refused(capsys)
@@ -380,6 +396,23 @@ def test_another_vocoder_makes_other_sound_of_the_same_mels(world, plain, tmp_pa
     )
     assert mels[0] == mels[1] == mels[2]
     assert wavs[0] != wavs[1] == wavs[2]
+
+
+def test_a_vocoder_that_has_learnt_nothing_is_refused_before_anything_is_drawn(world, plain, tmp_path, capsys):
+    sizes = ["vocoder=melgan", "vocoder.n_mels=32", "vocoder.width=4", "vocoder.residual_layers=1"]
+    assert from_arrays(world, plain, *sizes, "out=out") == 2
+    assert "the melgan vocoder has learnt nothing and would make noise of every mel; give vocoder.weights=FILE" in refused(
+        capsys
+    )
+    assert not (tmp_path / "out").exists()
+    sizes = [f"tokenizer.{size}" for size in sizes[1:]]
+    sizes += ["tokenizer=specvqgan_vas", "vocoder@tokenizer.vocoder=melgan", "tokenizer.n_mels=32", "tokenizer.width=8"]
+    sizes += ["tokenizer.latent_dim=8", "tokenizer.codebook_dim=8", "tokenizer.codebook_size=16", "tokenizer.blocks=1"]
+    write_wav(tmp_path / "own.wav", torch.zeros(1, RATE), RATE)
+    given = [f"tokenizer.weights={world.folder}/codebook.safetensors", f"audio={tmp_path}/own.wav", "out=coded"]
+    assert run(["config=codec", *sizes, *given]) == 2
+    assert refused(capsys).endswith("give tokenizer.vocoder.weights=FILE")
+    assert not (tmp_path / "coded").exists()
 
 
 # --- another experiment begins with it ---

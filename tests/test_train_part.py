@@ -3,17 +3,23 @@
 import pickle
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from omegaconf import OmegaConf
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from vaura import experiment
 from vaura.components import instantiate
-from vaura.config import load_config
+from vaura.config import compose, load_config
+from vaura.errors import InputError
 from vaura.launch import run
 from vaura.lm.sampling import Sampler
+from vaura.task.classification import Classification
+from vaura.train import build_trainer
+from vaura.train_part import check_logging, load_data, settled
 
 COLUMNS, CLASSES = 48, 2
 KINDS = ("feature_rgb_bninception_dim1024_21.5fps", "feature_flow_bninception_dim1024_21.5fps")
@@ -178,7 +184,7 @@ def test_a_classifier_is_taught(data, corpus, tmp_path, name, more, part):
 
 def test_a_vocoder_is_taught_from_videos(tiny, tmp_path):
     words = [f"data.manifest={tiny.manifest}", "data.duration=0.96", "data.batch_size=2", "data.workers=0"]
-    words += ["data.data_dir=null", "task.vocoder.width=16", "task.segment=2048", "task.preview=1"]
+    words += ["data.data_dir=null", "task.vocoder.width=16", "task.segment=2048", "logging.preview_clips=1"]
     words += [f"task.adversary.discriminator.discriminators.{number}.width={width}" for number, width in ((0, 4), (1, 16))]
     assert run(command("vas_hifigan", tmp_path / "run", 2, *words)) == 0
     config = load_config(tmp_path / "run" / "config.yaml")
@@ -186,10 +192,68 @@ def test_a_vocoder_is_taught_from_videos(tiny, tmp_path):
     assert instantiate(config.task.vocoder)(torch.rand(1, 80, 4)).shape == (1, 1, 4 * 256)
 
 
+def made(name: str, *words: str):
+    config = compose(f"configs/experiments/specvqgan/{name}.yaml", [*words, "trainer.accelerator=cpu"])
+    engine = build_trainer(config.trainer, logger=False, enable_checkpointing=False)
+    return config, engine
+
+
+@pytest.mark.parametrize("strategy", ["auto", "ddp"])
+def test_several_processes_look_for_what_a_turn_leaves_out(strategy):
+    by_turns, at_once = SimpleNamespace(automatic_optimization=False), SimpleNamespace(automatic_optimization=True)
+    config, engine = made("vas_hifigan", "trainer.devices=2", f"trainer.strategy={strategy}")
+    assert settled(config.trainer, engine, by_turns).strategy == "ddp_find_unused_parameters_true"
+    assert settled(config.trainer, engine, at_once).strategy == strategy
+    config, engine = made("vas_hifigan", "trainer.devices=1", f"trainer.strategy={strategy}")
+    assert settled(config.trainer, engine, by_turns).strategy == strategy
+
+
+def test_batch_norms_of_cpus_are_not_measured_together():
+    task = SimpleNamespace(automatic_optimization=True)
+    config, engine = made("vas_codebook", "trainer.devices=2")
+    with pytest.warns(UserWarning, match=r"trainer\.sync_batchnorm=true needs GPUs"):
+        assert settled(config.trainer, engine, task).sync_batchnorm is False
+    assert config.trainer.sync_batchnorm is True
+    config, engine = made("vas_codebook", "trainer.devices=1")
+    assert settled(config.trainer, engine, task).sync_batchnorm is True
+
+
+@pytest.mark.parametrize(
+    ("word", "told"),
+    [
+        (
+            "trainer.gradient_clip_val=1",
+            r"trainer\.gradient_clip_val=1 is for one optimizer.*set trainer\.gradient_clip_val=null",
+        ),
+        ("trainer.accumulate_grad_batches=2", r"trainer\.accumulate_grad_batches=2 .*set trainer\.accumulate_grad_batches=1"),
+    ],
+)
+def test_what_two_optimizers_by_turns_cannot_do_is_told(word, told):
+    config, engine = made("vas_hifigan", word)
+    with pytest.raises(InputError, match=told):
+        settled(config.trainer, engine, SimpleNamespace(automatic_optimization=False))
+
+
+def test_a_cache_of_codes_is_nothing_to_a_part():
+    config, _ = made("vas_hifigan", "data.cache=somewhere", "task.vocoder.width=16")
+    with pytest.raises(InputError, match=r"set data\.cache=null"):
+        load_data(config, SimpleNamespace(vocoder=SimpleNamespace(signal="audio")))
+
+
+def test_a_classifier_has_nothing_to_preview():
+    settings = OmegaConf.create({"keep_best": 1, "preview_clips": 2})
+    check_logging(settings, SimpleNamespace())
+    with pytest.raises(InputError, match=r"unknown key 'logging\.preview_clips'"):
+        check_logging(settings, Classification.__new__(Classification))
+
+
 @pytest.mark.parametrize(
     ("more", "told"),
     [
-        (["data=folder", "data.data_dir={folder}"], "there is no video below"),
+        (["logging.tracked=[a]"], "unknown key 'logging.tracked'"),
+        (["+logging.peak_flops=1e9"], "unknown key 'logging.peak_flops'"),
+        (["trainer.strategy=fsdp2"], "trainer.strategy=fsdp2 divides a model among processes.*set trainer.strategy=auto"),
+        (["data.mel_frames=16"], "data.mel_frames=16 leaves mels of 16 columns.* at least; set data.mel_frames=24 or more"),
         (["task=token_prediction"], "encoder"),
     ],
 )

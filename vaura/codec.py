@@ -41,6 +41,7 @@ from vaura.progress import track
 from vaura.protocols import Tokenizer
 from vaura.report import SAMPLE_RATE, colour_map, png, spectrogram
 from vaura.run_folder import start_time
+from vaura.vocoder.learnt import check_voice
 
 SUFFIXES = (*VIDEO_SUFFIXES, ".wav", ".flac", ".mp3", ".ogg", ".opus", ".m4a", ".aac", ".aif", ".aiff", ".wma")
 CODES = ".safetensors"
@@ -205,6 +206,7 @@ def codec(config: DictConfig) -> Path:
     wavs = [out / name.parent / f"{name.name}.wav" for name in names_of([sound.relative_to(root) for sound in sounds])]
     check_free(out, sounds, wavs)
     tokenizer: Any = instantiate(config.tokenizer).to(device).eval()
+    check_voice(tokenizer, "tokenizer.vocoder.weights=FILE")
     maker, label = Maker.of(tokenizer), str(config.tokenizer._target_).rpartition(".")[2]
     heard: dict[str, list[Row]] = {}
     left_out: list[str] = []

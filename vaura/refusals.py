@@ -65,6 +65,7 @@ def omegaconf_sentence(error: OmegaConfBaseException, key: str, known: Collectio
 
 
 def unknown_key(key: str, known: Collection[str]) -> str:
+    known = [word for word in known if word != key]  # a choice elsewhere can take away a key that was there
     last = {word.rpartition(".")[2]: word for word in known}
     by_last = difflib.get_close_matches(key.rpartition(".")[2], last, n=1, cutoff=0.8)
     near = nearest(key, known) or "".join(f" Did you mean '{last[name]}'?" for name in by_last)

@@ -86,6 +86,7 @@ def train(config: DictConfig) -> Path:
     try:
         task = experiment.build(config, folder)
         data = load_data(config, task)
+        check_classes(task, data)
         prepare(config, task, data, folder)
         learn(config, task, data, folder)
         if config.test_at_end and data.clips["test"]:
@@ -174,6 +175,15 @@ def load_data(config: DictConfig, task: TokenPrediction, needs: Sequence[str] = 
         sample_rate=tokenizer.sample_rate,
         channels=tokenizer.channels,
     )
+
+
+def check_classes(task: TokenPrediction, data: Data) -> None:
+    """Raise InputError where a model to be told a class knows of more or fewer than there are."""
+    known, there = getattr(task.conditioner, "classes", 0), len(getattr(data, "classes", ()))
+    if known and there and known != there:
+        raise InputError(
+            f"conditioner.classes is {known}, and the clips of data are of {there} classes; set conditioner.classes={there}"
+        )
 
 
 def load_packed(config: DictConfig, task: TokenPrediction, needs: Sequence[str]) -> PackedData:

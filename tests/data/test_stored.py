@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 from vaura.command import CONFIGS
 from vaura.components import instantiate
 from vaura.config import load_config
-from vaura.data.stored import MEL, StoredData, centre_crop, read_mel, resample_indices
+from vaura.data.stored import MEL, StoredData, centre_crop, class_names, read_mel, resample_indices
 from vaura.errors import InputError
 
 RGB, FLOW = "feature_rgb_bninception_dim1024_21.5fps", "feature_flow_bninception_dim1024_21.5fps"
@@ -182,7 +182,7 @@ def test_every_number_of_features_lies_within_in_order():
 
 @pytest.mark.parametrize("features", [0, -1, 213])
 def test_more_features_than_there_are_is_refused(corpus, features):
-    with pytest.raises(InputError, match=rf"data\.features is {features}; a clip has 1 to 212"):
+    with pytest.raises(InputError, match=rf"data\.features is {features}; a clip has 1 to 212 .* conditioner\.features"):
         data(corpus, features=features)
 
 
@@ -413,8 +413,20 @@ def test_settings_that_do_not_fit_are_told(corpus):
         data(corpus, lists={"valid": str(corpus / "valid.txt")})
     with pytest.raises(InputError, match="the folder nowhere of stored mels and features does not exist"):
         data(corpus, data_dir="nowhere")
-    with pytest.raises(InputError, match=r"there is no file nowhere\.txt"):
-        data(corpus, lists={"train": "nowhere.txt"})
+    for split in ("train", "val"):
+        with pytest.raises(InputError, match=rf"^data\.lists\.{split}: there is no file nowhere\.txt"):
+            data(corpus, lists={"train": str(corpus / "train.txt"), split: "nowhere.txt"})
+
+
+def test_a_list_of_test_clips_is_read_only_where_it_is_there_or_needed(corpus):
+    lists = {"train": str(corpus / "train.txt"), "val": str(corpus / "valid.txt"), "test": "nowhere.txt"}
+    with pytest.warns(UserWarning, match=r"there are no test clips: data\.lists\.test=nowhere\.txt is no file"):
+        read = data(corpus, lists=lists)
+    assert not read.clips["test"]
+    assert read.clips["train"]
+    assert class_names(lists) == read.classes
+    with pytest.raises(InputError, match=r"^data\.lists\.test: there is no file nowhere\.txt"):
+        data(corpus, lists=lists, needs=("test",))
 
 
 # --- as the configs say ---

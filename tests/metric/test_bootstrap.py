@@ -16,6 +16,25 @@ def test_the_interval_of_a_mean_is_that_of_the_central_limit_theorem():
     assert low < narrow[0] < narrow[1] < high
 
 
+def test_a_centred_interval_is_that_of_the_figure_s_mean_over_other_clips():
+    """The mean's square is above the square of the mean by the variance over n, drawn clips by twice as much."""
+    generator, held = torch.Generator().manual_seed(0), 0
+    for seed in range(60):
+        values = torch.randn(20, 50, generator=generator).double()
+
+        def figure(drawn, values=values):
+            return float(values[drawn].mean(0).square().sum())
+
+        centre = figure(torch.arange(20))
+        low, high = bootstrap(figure, 20, 200, seed=seed, centre=centre)
+        plain = bootstrap(figure, 20, 200, seed=seed)
+        assert low < centre < high
+        assert high - low == pytest.approx(plain[1] - plain[0])
+        assert plain[0] > centre
+        held += low < 50 / 20 < high
+    assert held >= 54
+
+
 def test_a_seed_draws_the_same():
     def figure(drawn):
         return float(drawn.double().mean())

@@ -37,6 +37,25 @@ def test_the_interval_of_kid_lies_around_that_of_all_rows():
     assert low > 0
 
 
+def test_the_interval_of_fid_lies_around_it_though_clips_drawn_twice_raise_it():
+    """Sixty features of twice as many dimensions: no resample comes down to the figure of all of them."""
+    fake, real = rows(60, 0, 0.3, dim=120), rows(60, 1, dim=120)
+    figures, bounds = compare_features(fake, real, list(range(60)), Settings(splits=2), INTERVALS)
+    low, high = bounds["fid"]
+    assert low < figures["fid"] < high
+    assert high - low < 0.3 * figures["fid"]
+    draw = torch.Generator().manual_seed(0)
+    drawn = (torch.randint(60, (60,), generator=draw) for _ in range(20))
+    assert min(frechet_distance_of(fake.features[row], real.features[row]) for row in drawn) > high
+    _, bounds = compare_features(real, real, list(range(60)), Settings(splits=2), INTERVALS)
+    assert bounds["fid"][0] >= 0
+
+
+def test_the_interval_of_fid_is_seen_to_be_found(capsys):
+    compare_features(rows(12, 0), rows(12, 1), list(range(12)), None, INTERVALS)
+    assert "interval of FID: 20/20" in capsys.readouterr().err
+
+
 def test_an_interval_draws_clips_and_not_samples():
     """Ten equal samples of each clip tell no more than one of each."""
     fake, real = rows(12, 0), rows(12, 1)

@@ -36,6 +36,7 @@ def test_features_are_matched_but_logits_are_not():
     assert feature_matching(true, made) == pytest.approx((0.5 + 2) / 2)
     assert feature_matching(true, made, relative=True) == pytest.approx((0.5 / 2 + 2 / 4) / 2)
     assert feature_matching(true, true) == 0
+    assert feature_matching(true, made, logits=True) == pytest.approx((0.5 + 2 + 18) / 3)
 
 
 def test_the_adaptive_weight_balances_gradients():

@@ -368,6 +368,14 @@ def test_sound_picture_and_codes_of_the_first_clips(tmp_path):
     assert {how[key] for how in module.asked for key in ("duration", "window", "stride")} == {0.5}
 
 
+def test_nothing_is_shown_where_the_vocoder_would_make_noise(tmp_path, monkeypatch):
+    preview = Preview(dataset("a", "b"), 2, Sampler(0.5), 3.0)
+    monkeypatch.setattr("vaura.task.callbacks.has_voice", lambda tokenizer: False)
+    found, module = follow(tmp_path, preview, 4)
+    assert not found.Tags()["audio"]
+    assert not module.asked
+
+
 def test_tracked_clips_are_found_by_id_and_by_file_in_training_as_well(tmp_path):
     val, train = dataset("a", "b"), dataset("x", "y", "a_file", videos=["v/long.mp4", "v/long.mp4", "v/other.mp4"])
     tracked = ["b", "other", "long", "a", "b"]

@@ -8,6 +8,7 @@ import pytest
 import torch
 from lightning import Callback, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -269,6 +270,26 @@ def test_where_nothing_can_be_read(tmp_path: Path):
     assert module.latest["mel"] is before
 
 
+def test_no_process_steps_before_all_have_something_to_learn_from(tmp_path: Path, monkeypatch):
+    """One that goes on alone would wait within its pass for those that have nothing, batch norms for instance."""
+    asked: list[bool] = []
+
+    def agree(self: Any, ready: bool, all: bool = True) -> bool:
+        asked.append(ready)
+        return len(asked) > 2  # another process can read its third batch only
+
+    monkeypatch.setattr(SingleDeviceStrategy, "reduce_boolean_decision", agree)
+    module, seen = make(), []
+    first = {name: p.detach().clone() for name, p in module.named_parameters()}
+    module.codec.register_forward_pre_hook(lambda *_: seen.append(module.batches) if module.training else None)
+    learn(module, tmp_path, 2, limit_val_batches=0)
+    assert not seen
+    assert all(torch.equal(p, first[name]) for name, p in module.named_parameters())
+    learn(module, tmp_path, 2, limit_val_batches=0)
+    assert seen == [2, 3]
+    assert asked == [True] * 3  # once all have begun nobody need be asked
+
+
 def test_of_nothing_nothing_is_learnt():
     assert make().training_step({}, 0) == 0
 
@@ -364,6 +385,16 @@ def test_reconstructions_are_shown_and_heard(signal: str, tmp_path: Path):
     assert sorted(tags["audio"]) == ["0/reconstructed", "0/true"]
     assert tags["images"] == (["0/mel"] if signal == "mel" else ["0/true", "0/reconstructed"])
     assert [len(told(tmp_path).Audio(name)) for name in ("0/true", "0/reconstructed")] == [1, 2]
+
+
+@pytest.mark.filterwarnings("ignore:no sound is previewed")
+def test_reconstructions_are_only_shown_where_the_vocoder_would_make_noise(tmp_path: Path):
+    module = make()
+    module.codec.vocoder.taught = False
+    learn(module, tmp_path, 4, (CodebookPreview(1),), val_check_interval=2)
+    tags = told(tmp_path).Tags()
+    assert tags["images"] == ["0/mel"]
+    assert not tags["audio"]
 
 
 def test_one_picture_over_the_other():

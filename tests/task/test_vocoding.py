@@ -5,9 +5,12 @@ import pytest
 import torch
 from lightning import Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
+from omegaconf import OmegaConf
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from vaura.command import CONFIGS
+from vaura.components import instantiate
 from vaura.errors import InputError
 from vaura.media.mel import DecibelMel
 from vaura.task.adversary import Adversary
@@ -99,7 +102,8 @@ def test_learns_to_sound_like_the_mel(kind, tmp_path):
 
 def test_sound_and_mels_go_to_tensorboard(tmp_path):
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    task = make(preview=2)
+    task = make()
+    task.preview = 2
     trainer(tmp_path, 1).fit(task, batches(1), DataLoader([tones(3)], batch_size=None))  # type: ignore[arg-type]
     events = accumulator.EventAccumulator(str(tmp_path / "tensorboard"), size_guidance={"audio": 0, "images": 0})
     events.Reload()
@@ -144,6 +148,22 @@ def test_a_step_is_melgan_s():
                 b.grad.abs() > 1e-5
             )  # of the gradient Adam's first step knows but the sign, unless it is as small as its eps
             assert not clear.any() or (a - b)[clear].abs().max() < 0.02 * lr, name
+
+
+def test_the_recipe_of_hifigan_weighs_its_layers_as_the_authors_do():
+    """Their sums: the L1 of every layer of every network, logits too, times 2; of every network's squares; the mel times 45."""
+    config = OmegaConf.load(CONFIGS / "task/vocoder_hifigan.yaml").adversary
+    config.discriminator.discriminators[0].width, config.discriminator.discriminators[1].width = 2, 16
+    judge = instantiate(config)
+    real, fake = torch.randn(2, 1, 1, 2000, generator=torch.Generator().manual_seed(0)).unbind()
+    judge.discriminator.eval()  # a spectral norm moves with every look in training
+    with torch.no_grad():
+        asked = judge.judge(real, fake, torch.tensor(0.0), None)
+        true, seen = judge.discriminator(real), judge.discriminator(fake)
+    assert [len(network) for network in seen] == 5 * [6] + 3 * [8]
+    matching = 2 * sum((a - b).abs().mean() for x, y in zip(true, seen, strict=True) for a, b in zip(x, y, strict=True))
+    passing = sum((1 - network[-1]).square().mean() for network in seen)
+    torch.testing.assert_close(asked.loss, matching + passing)
 
 
 def one_step(task: Vocoding, batch: dict) -> None:

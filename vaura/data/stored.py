@@ -162,7 +162,10 @@ def resample_indices(features: int, length: int, repeat: int = 1) -> np.ndarray:
     [35, 77, 119, 162, 204]
     """
     if not 1 <= features <= length:
-        raise InputError(f"data.features is {features}; a clip has 1 to {length} of them (data.feature_crop)")
+        raise InputError(
+            f"data.features is {features}; a clip has 1 to {length} of them (data.feature_crop): choose as many, by "
+            "conditioner.features where data.features follows that"
+        )
     return np.repeat(spread(features, length).numpy(), repeat)
 
 
@@ -224,7 +227,8 @@ class StoredData:
 
     Args:
         data_dir: folder of the corpus.
-        lists: split -> the file that lists its clips; null: there is none.
+        lists: split -> the file that lists its clips; null: there is none. Of test clips, where these are not needed, the file
+            can be absent too, which a warning tells.
         features: vectors of a clip, F: 1 to `feature_crop`.
         batch_size: clips a step, per process.
         workers: processes that read; 0: the main one.
@@ -276,7 +280,8 @@ class StoredData:
         self._reading |= {"feature_frames": feature_frames, "feature_crop": feature_crop, "random_features": random_features}
         self._kinds, self._random_crop = () if random_features else tuple(kinds), random_crop
         self._datasets: dict[str, StoredDataset] = {}
-        lines = {split: _lines(path) if (path := lists.get(split)) else [] for split in (*SPLITS, PREDICT)}
+        lists = {split: path for split, path in lists.items() if path and not _spared(split, path, needs)}
+        lines = {split: _listed(split, lists.get(split)) for split in (*SPLITS, PREDICT)}
         self.classes, labels = _labels(lines, labels_file)
         if only_class is not None:
             if only_class not in self.classes:
@@ -361,7 +366,24 @@ class StoredData:
 def class_names(lists: Mapping[str, str | None], labels_file: str | None = None) -> list[str]:
     """What labels stand for, in order: the words of `labels_file`, or else the folders in `lists`."""
     paths = lists.items() if labels_file is None else ()
-    return _labels({split: _lines(path) for split, path in paths if path}, labels_file)[0]
+    return _labels(
+        {split: _lines(path) for split, path in paths if path and (split != "test" or Path(path).exists())}, labels_file
+    )[0]
+
+
+def _spared(split: str, path: str, needs: Sequence[str]) -> bool:
+    """Whether a list is not there that is of use only behind a training."""
+    if split in ("train", "val", *needs) or Path(path).exists():
+        return False
+    warnings.warn(f"there are no {split} clips: data.lists.{split}={path} is no file", stacklevel=3)
+    return True
+
+
+def _listed(split: str, path: str | None) -> list[str]:
+    try:
+        return _lines(path) if path else []
+    except InputError as error:
+        raise InputError(f"data.lists.{split}: {error}") from error
 
 
 def _lines(path: str) -> list[str]:

@@ -56,8 +56,9 @@ def compare_features(
 ) -> tuple[dict[str, float], dict[str, tuple[float, float]]]:
     """Figures of fake rows against real ones, and the interval of each.
 
-    `truth` says for every fake row which real one is its original; an interval draws originals, and all samples of each. What
-    is not defined, as a covariance of a single clip or ten splits of nine samples, is left out.
+    `truth` says for every fake row which real one is its original; an interval draws originals, and all samples of each. Those
+    of FID lie around it, see `centre` of `bootstrap`; the others are percentiles. What is not defined, as a covariance of a
+    single clip or ten splits of nine samples, is left out.
     """
     settings, intervals = settings or Settings(), intervals or Bootstrap()
     samples: list[list[int]] = [[] for _ in range(len(real.features))]
@@ -66,13 +67,15 @@ def compare_features(
     figures: dict[str, float] = {}
     bounds: dict[str, tuple[float, float]] = {}
 
-    def among(figure: Callable[[Tensor, Tensor], float], resamples: int) -> tuple[float, float]:
+    def among(
+        figure: Callable[[Tensor, Tensor], float], resamples: int, centre: float | None = None, title: str = ""
+    ) -> tuple[float, float]:
         """The interval of a figure of rows of fakes and of reals."""
 
         def of_drawn(drawn: Tensor) -> float:
             return figure(torch.tensor([row for clip in drawn.tolist() for row in samples[clip]], dtype=torch.int64), drawn)
 
-        return bootstrap(of_drawn, len(samples), resamples, intervals.level, intervals.seed)
+        return bootstrap(of_drawn, len(samples), resamples, intervals.level, intervals.seed, centre=centre, title=title)
 
     apart = divergences(fake.logits, real.logits[torch.tensor(truth)])
     figures["mkl"] = float(apart.mean())
@@ -89,9 +92,13 @@ def compare_features(
         bounds["inception_score"] = among(surprise, intervals.slow)
     if min(len(fake.features), len(real.features)) >= 2:
         figures["fid"] = frechet_distance_of(fake.features, real.features)
-        bounds["fid"] = among(
-            lambda fakes, reals: _unless_few(frechet_distance_of, fake.features[fakes], real.features[reals]), intervals.slow
+        low, high = among(
+            lambda fakes, reals: _unless_few(frechet_distance_of, fake.features[fakes], real.features[reals]),
+            intervals.slow,
+            figures["fid"],
+            "interval of FID",
         )
+        bounds["fid"] = max(low, 0.0) if math.isfinite(low) else low, high
         figures["kid"], figures["kid_std"] = kernel_distance(
             fake.features, real.features, settings.subsets, settings.subset_size, seed=settings.seed
         )
@@ -104,7 +111,7 @@ def _unless_few(figure: Callable[[Tensor, Tensor], float], ours: Tensor, theirs:
     return figure(ours, theirs) if min(len(ours), len(theirs)) >= 2 else math.nan
 
 
-Among = Callable[[Callable[[Tensor, Tensor], float], int], tuple[float, float]]
+Among = Callable[..., tuple[float, float]]
 
 
 def _kernel_interval(fake: Features, real: Features, among: Among, resamples: int) -> tuple[float, float]:

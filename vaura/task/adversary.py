@@ -44,15 +44,16 @@ def generator_loss(kind: str, fake: Seen) -> Tensor:
     return torch.stack(losses).mean()
 
 
-def feature_matching(real: Seen, fake: Seen, relative: bool = False) -> Tensor:
+def feature_matching(real: Seen, fake: Seen, relative: bool = False, logits: bool = False) -> Tensor:
     """How differently the layers see made and true sound: mean absolute difference, a mean over networks and layers.
 
     (Larsen et al. 2016; Kumar et al. 2019, equation 5.) With `relative` each is a share of the mean absolute value of the true
-    one, as in EnCodec. The logits do not count; the true side gets no gradient.
+    one, as in EnCodec. The logits count only with `logits`, as in HiFi-GAN's code; the true side gets no gradient.
     """
     terms = []
     for true, made in zip(real, fake, strict=True):
-        for wanted, got in zip(true[:-1], made[:-1], strict=True):
+        layers = slice(None) if logits else slice(-1)
+        for wanted, got in zip(true[layers], made[layers], strict=True):
             wanted = wanted.detach()
             difference = (wanted - got).abs().mean()
             terms.append(difference / wanted.abs().mean().clamp_min(1e-8) if relative else difference)
@@ -88,7 +89,7 @@ class Adversary(nn.Module):
         adaptive: whether that is multiplied by the adaptive weight, see `adaptive_weight`, in [least, most]; where both are the
             same nothing needs to be measured.
         matching: weight of feature matching in the loss.
-        relative: whether feature matching is relative, see `feature_matching`.
+        relative, match_logits: whether feature matching is relative, and counts the logits, see `feature_matching`.
     """
 
     def __init__(
@@ -102,6 +103,7 @@ class Adversary(nn.Module):
         most: float = 1e4,
         matching: float = 0.0,
         relative: bool = False,
+        match_logits: bool = False,
     ) -> None:
         super().__init__()
         if loss not in KINDS:
@@ -110,7 +112,7 @@ class Adversary(nn.Module):
             raise InputError(f"the adversary's weight cannot lie between least={least:g} and most={most:g}; exchange them")
         self.discriminator, self.kind, self.start = discriminator, loss, start
         self.weight, self.adaptive, self.least, self.most = weight, adaptive, least, most
-        self.matching, self.relative = matching, relative
+        self.matching, self.relative, self.match_logits = matching, relative, match_logits
 
     def counts(self, batches: int) -> bool:
         """Whether it counts in the batch that `batches` went before."""
@@ -137,7 +139,8 @@ class Adversary(nn.Module):
         finally:
             for parameter in learns:
                 parameter.requires_grad_(True)
-        matching = feature_matching(true, seen, self.relative) if self.matching else fake.new_zeros(())
+        how = self.relative, self.match_logits
+        matching = feature_matching(true, seen, *how) if self.matching else fake.new_zeros(())
         passing = generator_loss(self.kind, seen)
         weight = fake.new_tensor(self.weight)
         if self.adaptive and last is None:

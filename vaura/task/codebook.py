@@ -137,11 +137,12 @@ class CodebookLearning(LightningModule):
         return judged.loss, d_loss, told
 
     def training_step(self, batch: Batch | None, index: int) -> Tensor:
+        if self.latest is None and not self._all_begin(bool(batch)):
+            self.judged, self.batches = False, self.batches + 1
+            return torch.stack([p.sum() for p in self.parameters() if p.requires_grad]).sum() * 0.0
         if not batch:  # nothing could be read; other processes wait in the midst of a step, not for its gradients alone
-            if self.latest is None:
-                self.judged, self.batches = False, self.batches + 1
-                return torch.stack([p.sum() for p in self.parameters() if p.requires_grad]).sum() * 0.0
             batch = self.latest
+        assert batch is not None
         self.latest = {self.codec.signal: self.signal_of(batch)}
         loss, told, coded = self.losses(self.latest, "train")
         told["perplexity"] = coded.perplexity
@@ -152,6 +153,11 @@ class CodebookLearning(LightningModule):
         self.judged = self.adversary is not None and self.adversary.counts(self.batches)
         self.batches += 1  # here: a checkpoint may be written as soon as the optimizer has stepped
         return loss
+
+    def _all_begin(self, ready: bool) -> bool:
+        """Whether every process has something to learn from. Until then none takes a step that others would wait within."""
+        trainer = self._trainer  # None where the task is used by itself
+        return ready if trainer is None else trainer.strategy.reduce_boolean_decision(ready)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         super().optimizer_step(*args, **kwargs)

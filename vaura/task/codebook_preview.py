@@ -11,6 +11,7 @@ from torch import Tensor
 from vaura.data.clips import Batch
 from vaura.task.callbacks import spectrogram
 from vaura.task.codebook import CodebookLearning
+from vaura.vocoder.learnt import has_voice
 
 GAP = 4
 """Rows of white between a picture and the one below it."""
@@ -19,7 +20,8 @@ GAP = 4
 class CodebookPreview(Callback):
     """After every validation, in TensorBoard: mels of the first clips over their reconstructions, and how both sound.
 
-    Mels sound through the codec's own vocoder, without weights by Griffin-Lim; `clips` says how many to follow, 0 none.
+    Mels sound through the codec's own vocoder, and only their pictures are shown where that has learnt nothing; `clips` says
+    how many to follow, 0 none.
     """
 
     def __init__(self, clips: int) -> None:
@@ -55,7 +57,8 @@ class CodebookPreview(Callback):
             sounds = {"reconstructed": other} if known else {"true": one, "reconstructed": other}
             if codec.signal == "mel":
                 board.add_image(f"{clip}/mel", pictures(one, other), step)
-                sounds = {kind: codec.vocoder(mel.clamp(0, 1).unsqueeze(0))[0] for kind, mel in sounds.items()}
+                voiced = sounds if has_voice(codec) else {}
+                sounds = {kind: codec.vocoder(mel.clamp(0, 1).unsqueeze(0))[0] for kind, mel in voiced.items()}
             for kind, sound in sounds.items():
                 mono = sound.detach().cpu().mean(0)
                 board.add_audio(f"{clip}/{kind}", mono.clamp(-1, 1), step, codec.sample_rate)

@@ -57,6 +57,7 @@ class PatchDiscriminator(nn.Module):
         if norm not in NORMS:
             raise InputError(f"the discriminator's norm={norm} is none of {', '.join(NORMS)}." + nearest(norm, NORMS))
         self.bands = bands
+        self.least = 3 * 2**layers  # columns: of so many a single patch is left
         conv: Any = nn.Conv2d if bands is None else nn.Conv1d
         batch_norm: Any = nn.BatchNorm2d if bands is None else nn.BatchNorm1d
         kind = ActNorm if norm == "act" else batch_norm

@@ -52,11 +52,14 @@ class Vocoding(LightningModule):
         peak: amplitude to which every clip is brought; 0 leaves it as loud as it is.
         gain: bounds of a factor that is drawn for every segment.
         mel_weight: of the mean distance between the mels of true and made sound, in nats. The adversary has its own weights.
-        preview: validation clips whose sound and mel go to TensorBoard.
+
+    Sound and mel of the first `preview` validation clips go to TensorBoard.
 
     Raises InputError where mel and vocoder disagree on rate, bands or hop, the segment is not made of whole mel frames, or the
     adversary's weight is adaptive.
     """
+
+    preview = 2
 
     def __init__(
         self,
@@ -69,7 +72,6 @@ class Vocoding(LightningModule):
         peak: float = 0.95,
         gain: Sequence[float] = (0.3, 1.0),
         mel_weight: float = 0.0,
-        preview: int = 2,
     ) -> None:
         super().__init__()
         if mel.hop_length != vocoder.hop_length:
@@ -85,7 +87,7 @@ class Vocoding(LightningModule):
         self.vocoder, self.mel, self.adversary = vocoder, mel, adversary
         self.vocoder_optimizer, self.discriminator_optimizer = optimizer, discriminator_optimizer
         self.segment, self.peak, self.gain = segment, peak, tuple(gain)
-        self.mel_weight, self.preview = mel_weight, preview
+        self.mel_weight = mel_weight
         self.validated = False
         vocoder.requires_grad_(True)
         vocoder.normalise()

@@ -31,6 +31,9 @@ class HiFiGAN(LearntVocoder):
         residual_kernels: of the residual blocks that stand side by side; their outputs are averaged.
         dilations: within every residual block, one after another.
 
+    Weights begin as torch draws them. The authors' code also draws most of them from N(0, 0.01), but behind torch's weight
+    normalisation, which computes them anew from their length and direction: theirs learnt from torch's as well.
+
     Raises InputError where `weights` is absent, broken or of another size, or the numbers do not fit one another.
     """
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,13 +19,15 @@ from vaura.kept import agree, keep, kept_settings
 from vaura.media.pieces import Reach, join, stream
 from vaura.timing import cover
 
+WEIGHTS = "vocoder.weights=FILE, or tokenizer.vocoder.weights=FILE where a tokenizer holds it"
 FRAMES_AT_ONCE = 4096  # of a batch, where nothing learns: the widest layer of a published vocoder then takes 134 MB
 
 
 class LearntVocoder(nn.Module):
     """Mel (B, n_mels, M) in [0, 1] as `DecibelMel` writes it -> wav (B, 1, M * hop_length) in [-1, 1].
 
-    Where no gradient is asked for, mels longer than `piece` seconds are worked on in pieces and sound as they would whole.
+    Where no gradient is asked for, mels longer than `piece` seconds are worked on in pieces and sound as they would whole, and
+    autocast around it changes nothing. One that neither read weights nor learns would make noise: then it raises InputError.
 
     A kind of vocoder sets `reach` and, where its paddings ask for it, `shortest`, and defines `sound`. All of its parameters
     are the weights and biases of convolutions.
@@ -34,6 +37,7 @@ class LearntVocoder(nn.Module):
     piece = 2.0  # on a CPU a fifth faster than ten seconds at once
     reach: Reach
     shortest = 1  # mel frames that its paddings need at least
+    taught = False  # whether its weights are more than chance, or on their way there
 
     def __init__(self, sample_rate: int, n_mels: int, hop_length: int, **settings: Any) -> None:
         super().__init__()
@@ -45,19 +49,31 @@ class LearntVocoder(nn.Module):
         raise NotImplementedError
 
     def forward(self, mel: Tensor) -> Tensor:
-        """Raises InputError for a mel of another number of bands."""
+        """Raises InputError for a mel of another number of bands and, where no gradient is asked for, before it is taught."""
         frames, samples = mel.shape[-1], mel.shape[-1] * self.hop_length
         size = cover(self.piece, self.sample_rate / self.hop_length)
         if torch.is_grad_enabled():
             return self._sound(mel)
         if frames > size:
             return join(self.stream(mel.split(size, -1)), samples)
-        return torch.cat([self._sound(part) for part in mel.split(max(1, FRAMES_AT_ONCE // max(frames, 1)))])
+        return torch.cat([self._heard(part) for part in mel.split(max(1, FRAMES_AT_ONCE // max(frames, 1)))])
 
     @torch.no_grad()
     def stream(self, pieces: Iterable[Tensor]) -> Iterator[Tensor]:
         """mel that comes in pieces (B, n_mels, M) -> wav in pieces (B, 1, N), as if the mel had come whole."""
-        yield from stream(self._sound, self.reach, pieces)
+        self.check_taught()
+        yield from stream(self._heard, self.reach, pieces)
+
+    def check_taught(self, weights: str = WEIGHTS) -> None:
+        """Raise InputError where it would make noise; `weights` is what to give it, and how."""
+        if not self.taught:
+            raise InputError(f"the {self.kind} vocoder has learnt nothing and would make noise of every mel; give {weights}")
+
+    def _heard(self, mel: Tensor) -> Tensor:
+        """What `_sound` makes of it where nothing learns."""
+        self.check_taught()
+        with torch.autocast(mel.device.type, enabled=False):
+            return self._sound(mel)
 
     def _sound(self, mel: Tensor) -> Tensor:
         frames = mel.shape[-1]
@@ -75,7 +91,11 @@ class LearntVocoder(nn.Module):
     # --- weights ---
 
     def normalise(self) -> None:
-        """Divide every weight into its length and its direction, in which it learns better (Salimans and Kingma 2016)."""
+        """Divide every weight into its length and its direction, in which it learns better (Salimans and Kingma 2016).
+
+        One that learns can be heard on its way.
+        """
+        self.taught = True
         for _, module in convolutions(self):
             if not is_parametrized(module, "weight"):
                 parametrizations.weight_norm(module, "weight", dim=0)
@@ -104,6 +124,22 @@ class LearntVocoder(nn.Module):
             agree("vocoder", self.settings, written, path)
         where = f"vocoder.weights: {path}"
         load_exactly(self, folded(tensors_in(path), where), where)
+        self.taught = True
+
+
+def check_voice(tokenizer: object, weights: str = WEIGHTS) -> None:
+    """Raise InputError where the vocoder of a tokenizer, if it has one, would make noise; `weights` is what to give it."""
+    vocoder = getattr(tokenizer, "vocoder", None)
+    if isinstance(vocoder, LearntVocoder):
+        vocoder.check_taught(weights)
+
+
+def has_voice(tokenizer: object) -> bool:
+    """Whether what a tokenizer decodes can be heard: not, and a warning says so, by a vocoder that has learnt nothing."""
+    heard = bool(getattr(getattr(tokenizer, "vocoder", None), "taught", True))
+    if not heard:
+        warnings.warn("no sound is previewed, for the vocoder has learnt nothing: tokenizer.vocoder.weights=FILE", stacklevel=2)
+    return heard
 
 
 def convolutions(module: nn.Module) -> list[tuple[str, nn.Conv1d | nn.ConvTranspose1d]]:
