@@ -4,6 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from vaura.refusals import unknown_key
+
 
 @pytest.mark.parametrize(
     ("argv", "sentence"),
@@ -27,7 +29,8 @@ import pytest
         (["name=???"], "name (the experiment's name: its folder is LOG_DIR/NAME/TIME): no value given; add name=VALUE"),
         (
             ["action=trian"],
-            "unknown action 'trian'; there are train, test, train_part, generate, evaluate, codec, quickstart. "
+            "unknown action 'trian'; there are train, test, finetune, train_part, generate, evaluate, codec, quickstart, "
+            "prepare, serve. "
             "Did you mean 'train'?",
         ),
         (["action=generate"], "{configs}/train.yaml says how to train or test, not how to generate; remove action="),
@@ -43,6 +46,14 @@ def test_a_wrong_word_is_refused_in_one_sentence(refusal, configs, seen, argv, s
     assert not list(Path().glob("logs/**/config.yaml"))
 
 
+def test_a_key_that_another_choice_takes_away_is_not_suggested():
+    known = ["tokenizer.vocoder.iterations", "tokenizer.vocoder.weights"]
+    assert unknown_key("tokenizer.vocoder.iterations", known) == (
+        "unknown key 'tokenizer.vocoder.iterations'. Did you mean 'tokenizer.vocoder.weights'?"
+    )
+    assert unknown_key("lm.dim", ["lm.dim"]) == "unknown key 'lm.dim'. --cfg job shows every key."
+
+
 @pytest.mark.parametrize(
     ("name", "sentence"),
     [
@@ -54,8 +65,8 @@ def test_a_wrong_word_is_refused_in_one_sentence(refusal, configs, seen, argv, s
         ("open", "data.root (the folder of clips): no value given; add data.root=VALUE"),
         (
             "bare",
-            "{configs}/bare.yaml names no schema: its defaults list begins with one of train, train_part, quickstart, "
-            "generate, evaluate, codec, as '- schema: train'",
+            "{configs}/bare.yaml names no schema: its defaults list begins with one of train, train_part, quickstart, finetune, "
+            "generate, evaluate, codec, prepare, serve, as '- schema: train'",
         ),
         (
             "experiments/system/lost",

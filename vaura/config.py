@@ -201,6 +201,7 @@ class PrepareRun:
     ray: Any = None  # what the engine ray is told
     workers: int | None = None  # processes of the engine local; none takes the cores
     device: str = "auto"  # auto, cpu, cuda, cuda:1
+    remove_old: bool = False  # remove what earlier runs made of other videos, or by other settings
     shard: str | None = None  # i/n: only this share of the videos, for job arrays; none: all, and what is made of all
     pack: Any = MISSING  # WebDataset shards
     layout: str | None = None  # specvqgan or specvqgan_flat: also lay the files out as SpecVQGAN's are

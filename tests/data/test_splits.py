@@ -93,3 +93,19 @@ def test_what_is_no_share_or_no_rule_is_told():
         recording_rule("(")
     with pytest.raises(InputError, match="has no group"):
         recording_rule("abc")
+
+
+def test_videos_stay_where_they_were_when_others_come_or_go():
+    videos = [Sorted(f"{label}/{number}", label) for label in ("dog", "cat") for number in range(20)]
+    first, _ = split(videos[::2], SHARES)
+    more, told = split(videos, SHARES, before=first)
+    assert not told
+    assert {name: more[name] for name in first} == first
+    assert Counter(more.values()) == {"train": 32, "val": 4, "test": 4}
+    fewer, _ = split(videos[3:], SHARES, before=more)
+    assert fewer == {name: side for name, side in more.items() if name in fewer}
+
+
+def test_of_two_videos_that_turn_out_one_recording_both_go_to_the_stricter_side():
+    videos = [Sorted("a", content="x"), Sorted("b", content="x")]
+    assert split(videos, SHARES, before={"a": "train", "b": "val"})[0] == {"a": "val", "b": "val"}

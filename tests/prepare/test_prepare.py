@@ -18,11 +18,12 @@ from tests.prepare.conftest import SMALL, content, unfinished
 from vaura import experiment
 from vaura.config import compose
 from vaura.data.manifest import read_manifest
-from vaura.data.prepared import part_path, read_part
+from vaura.data.prepared import clip_path, part_path, read_part, stills_folder
 from vaura.encoder.tiny_avclip import TinyAVCLIP
 from vaura.launch import run
 from vaura.media.audio import read_audio
 from vaura.media.mel import DecibelMel
+from vaura.media.stills import read_flow, read_frames
 from vaura.media.video import read_video
 from vaura.prepare import prepare as verb
 
@@ -163,10 +164,66 @@ def test_two_processes_make_the_same_as_one(few, prepare, tmp_path):
 
 
 @pytest.mark.slow
-def test_ray_makes_the_same(whole, videos, prepare, tmp_path):
+def test_ray_makes_the_same(few, prepare, tmp_path):
     pytest.importorskip("ray")
-    assert prepare(videos, tmp_path / "out", "engine=ray", "ray.cpus=2") == 0
-    assert content(tmp_path / "out") == content(whole)
+    assert prepare(few, tmp_path / "local") == 0
+    assert prepare(few, tmp_path / "ray", "engine=ray", "ray.cpus=2") == 0
+    assert content(tmp_path / "ray") == content(tmp_path / "local")
+
+
+def test_frames_and_flow_lie_there_as_jpegs_too(few, prepare, tmp_path, capsys):
+    pytest.importorskip("cv2", reason="Farneback's flow is OpenCV's")
+    out = tmp_path / "out"
+    words = ["mel=null", "stills=jpeg", "frames.fps=12.5", "flow=farneback", "flow.resize=32", "flow.fps=12.5"]
+    torn = out / "parts/frames/.hit0_0000.12-0123abcd"
+    torn.mkdir(parents=True)
+    assert prepare(few, out, *words) == 0
+    assert not torn.exists()
+    folder = stills_folder(out, "frames", "hit0_0000")
+    frames, facts = read_frames(folder)
+    assert (folder / "img_00001.jpg").is_file()
+    assert (facts["fps"], facts["index_base"]) == (12.5, 1)
+    assert (frames.float() - read_video(clip_path(out, "hit0_0000"), 0, 0.64, 12.5).float()).abs().mean() < 1.5
+    levels, facts = read_flow(stills_folder(out, "flow_stills", "hit0_0000"))
+    assert (facts["bound"], facts["method"], len(levels)) == (20.0, "farneback", len(frames) - 1)
+    made = read_part(part_path(out, "flow", "hit0_0000")).tensors["flow"]
+    assert (levels.float() - made.float()).abs().max() <= 2
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*.jpg")}
+    assert prepare(few, out, *words) == 0
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+def test_what_other_settings_left_is_told_and_removed_when_asked(few, prepare, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert prepare(few, out, "cut.seconds=0.2", "cut.short=drop", "shard=0/1") == 0
+    earlier = set(out.rglob("*_000[123].*"))
+    assert len(earlier) > 4
+    assert prepare(few, out) == 0
+    assert f"Of videos or settings of earlier runs there are {len(earlier)} more files" in capsys.readouterr().out
+    assert prepare(few, out, "remove_old=true") == 0
+    assert f"Of videos or settings of earlier runs {len(earlier)} files were removed." in capsys.readouterr().out
+    assert not any(path.exists() for path in earlier)
+    assert all(clip.video.is_file() for clip in read_manifest(out / "manifest.jsonl"))
+    assert prepare(few, out) == 0
+    assert "earlier runs" not in capsys.readouterr().out
+
+
+def test_a_new_video_moves_no_other_into_another_split(videos, prepare, tmp_path):
+    source, out = tmp_path / "in", tmp_path / "out"
+    source.mkdir()
+
+    def add(name: str) -> dict[str, str]:
+        (source / Path(name).name).write_bytes((videos / name).read_bytes())
+        assert prepare(source, out, "mel=null") == 0
+        return {clip.facts["source"]: clip.split for clip in read_manifest(out / "manifest.jsonl")}
+
+    for name in ("drum/hit0.mp4", "drum/hit1.mp4"):
+        first = add(name)
+    for name in ("drum/hit2.mp4", "bell/ring 1.mp4", "bell/ring 3.mp4"):
+        then = add(name)
+        assert {source: then[source] for source in first} == first
+        first = then
+    assert set(first.values()) == {"train", "val", "test"}
 
 
 # --- killed ---
@@ -244,6 +301,7 @@ def test_what_will_not_do_is_told_in_a_sentence(videos, tmp_path, capsys):
     assert refused(capsys, *both, "+cut.second=3") == "unknown key 'cut.second'. Did you mean 'seconds'?"
     assert refused(capsys, *both, "engine=rai") == "engine=rai is none of local, ray. Did you mean 'ray'?"
     assert refused(capsys, *both, "splits.train=0.9").endswith("make 1.1; let them make 1")
+    assert refused(capsys, *both, "pack.kinds=[mle]") == "pack.kinds names 'mle', and what is made is mel. Did you mean 'mel'?"
     assert refused(capsys, *both, "shard=4/4").startswith("shard=4/4 is no share")
     assert refused(capsys, *both, "cut.fps=fast").startswith("cut holds a value of another kind")
     assert "has not been fitted" in refused(capsys, *both, "tokenizer=mel_kmeans")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import signal
+import socket
 import sys
 import time
 from dataclasses import dataclass, field
@@ -165,3 +166,13 @@ def test_without_ray_the_sentence_names_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(InputError, match=r"pip install 'vaura\[ray\]'"), RayEngine():
         pass
+
+
+def test_an_address_where_nobody_listens_is_told_at_once():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    begun = time.monotonic()
+    with pytest.raises(InputError, match=rf"no Ray cluster at ray.address=ray://127.0.0.1:{port} \(Connection refused\)"):
+        RayEngine(address=f"ray://127.0.0.1:{port}").__enter__()
+    assert time.monotonic() - begun < 15

@@ -71,26 +71,33 @@ def recording_rule(pattern: str | None) -> re.Pattern[str] | None:
     return rule
 
 
-def split(videos: Iterable[Sorted], shares: Mapping[str, float], seed: int = 0) -> tuple[dict[str, str], list[str]]:
+def split(
+    videos: Iterable[Sorted], shares: Mapping[str, float], seed: int = 0, before: Mapping[str, str] | None = None
+) -> tuple[dict[str, str], list[str]]:
     """The split of each video by its id, and sentences about recordings that were put into two splits by hand.
 
     The order of `videos` does not matter. Where there are as many groups as splits with a share, none of these stays empty.
+    Videos stay in the splits that they had `before`, by their ids, and those that are new go where there are too few.
     """
+    had = before or {}
     wanted = check_shares(shares)
     groups = sorted((sorted(group, key=lambda video: video.id) for group in together(videos)), key=lambda group: group[0].id)
     chosen: dict[int, str] = {}
+    given: Counter[str] = Counter()  # without those that were put there by hand
     told = []
     for number, group in enumerate(groups):
         by_hand = {video.split for video in group if video.split is not None}
         if by_hand:
             chosen[number] = next(name for name in STRICTEST if name in by_hand)
+        elif kept := {had[video.id] for video in group if video.id in had}:
+            chosen[number] = next(name for name in STRICTEST if name in kept)
+            given[chosen[number]] += 1
         if len(by_hand) > 1:
             names = ", ".join(f"{video.id} in {video.split}" for video in group if video.split)
             told.append(f"these are one recording, of which all goes to {chosen[number]}: {names}")
     free = [number for number in range(len(groups)) if number not in chosen]
     free.sort(key=lambda number: (groups[number][0].label or "", share_of(seed, "split", groups[number][0].id)))
-    given: Counter[str] = Counter()
-    for rank, number in enumerate(free, 1):
+    for rank, number in enumerate(free, given.total() + 1):
         chosen[number] = max(SPLITS, key=lambda name: (wanted[name] * rank - given[name], wanted[name]))
         given[chosen[number]] += 1
     _fill_empty(chosen, free, [name for name in SPLITS if wanted[name] > 0])

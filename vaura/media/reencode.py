@@ -110,7 +110,7 @@ def _picture(written: OutputContainer, source: Path, settings: Settings) -> Iter
     (stream.width, stream.height), stream.pix_fmt = (first.width, first.height), "yuv420p"
     context = stream.codec_context
     context.time_base, context.gop_size, context.thread_count = 1 / rate, settings.keyint, 1
-    _keep_looks(source, context)
+    keep_looks(source, context)
 
     def packets() -> Iterator[Packet]:
         for number, frame in enumerate(itertools.chain([first], frames)):
@@ -127,15 +127,19 @@ def _picture(written: OutputContainer, source: Path, settings: Settings) -> Iter
     return lasting()
 
 
-def _keep_looks(source: Path, new: VideoCodecContext) -> None:
-    """Tag a new picture with the colour matrix of the old one, unless that was RGB, and with the shape of its pixels."""
-    turn = video.turn(next(video.on_screen(source, Fraction(0))).frame)
+def keep_looks(source: Path, new: VideoCodecContext, at: Fraction = Fraction(0)) -> None:
+    """Tag a new picture with the colour matrix of the old one, unless that was RGB, and with the shape of its pixels.
+
+    The frame on screen `at` so many seconds tells whether it is turned. Raises InputError where it cannot be read.
+    """
     with video.open_media(source) as file:
         old = video.picture(file, source).codec_context
         if old.colorspace:
             new.colorspace, new.color_primaries, new.color_trc = old.colorspace, old.color_primaries, old.color_trc
-        if shape := old.sample_aspect_ratio:
-            new.sample_aspect_ratio = 1 / shape if turn.transpose else shape
+        shape = old.sample_aspect_ratio
+    if shape:
+        turned = shape != 1 and video.turn(next(video.on_screen(source, at)).frame).transpose
+        new.sample_aspect_ratio = 1 / shape if turned else shape
 
 
 def pictures(source: Path, settings: Settings) -> Iterator[VideoFrame]:

@@ -40,7 +40,7 @@ from vaura.media.audio import SLACK, read_audio
 from vaura.media.content import FORMAT
 from vaura.media.mel import of_length
 from vaura.media.mux import AAC_FRAME, AAC_RATES, LAYOUTS
-from vaura.media.reencode import PRESETS, Scaler
+from vaura.media.reencode import PRESETS, Scaler, keep_looks
 from vaura.prepare.sources import Source
 from vaura.prepare.stage import Outcome
 
@@ -300,13 +300,8 @@ def _picture_packets(written: OutputContainer, source: Path, span: Span, how: Cu
     (stream.width, stream.height), stream.pix_fmt = (first.width, first.height), "yuv420p"
     new = stream.codec_context
     new.time_base, new.gop_size, new.thread_count = 1 / rate, how.keyint, 1  # one thread: the same bytes on every machine
-    with _telling(source), video.open_media(source) as file:
-        old = video.picture(file, source).codec_context
-        if old.colorspace:
-            new.colorspace, new.color_primaries, new.color_trc = old.colorspace, old.color_primaries, old.color_trc
-        if (shape := old.sample_aspect_ratio) and shape != 1:
-            turned = video.turn(next(video.on_screen(source, span.start)).frame).transpose
-            new.sample_aspect_ratio = 1 / shape if turned else shape
+    with _telling(source):
+        keep_looks(source, new, span.start)
 
     def packets() -> Iterator[Packet]:
         frame: VideoFrame | None = first

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from multiprocessing.synchronize import Event
 from typing import Any
 
 import torch
@@ -96,11 +97,16 @@ class Local:
 
     def _started(self) -> ProcessPoolExecutor:
         if self._pool is None:
-            self._pool = ProcessPoolExecutor(self.workers, mp_context=multiprocessing.get_context("spawn"), initializer=_settle)
+            context = multiprocessing.get_context("spawn")
+            self._stop = context.Event()
+            self._pool = ProcessPoolExecutor(self.workers, context, _settle, (self._stop,))
         return self._pool
 
     def _end(self, now: bool) -> None:
+        """End the processes, `now` in the middle of an item: what that had begun to write is no file yet."""
         if self._pool is not None:
+            if now:
+                self._stop.set()
             self._pool.shutdown(wait=True, cancel_futures=now)
             self._pool = None
 
@@ -112,13 +118,14 @@ _numbers = itertools.count()
 _kept: tuple[int, Stage] | None = None
 
 
-def _settle() -> None:
-    """One thread a process; interrupts are the parent's business, and its death ends the process."""
+def _settle(stop: Event) -> None:
+    """One thread a process; interrupts are the parent's business; its death, or `stop`, ends the process."""
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     if parent is not None:
-        threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+        for end in (parent.join, stop.wait):
+            threading.Thread(target=lambda end=end: (end(), os._exit(1)), daemon=True).start()
 
 
 def _stage(sent: tuple[int, Stage]) -> Stage:

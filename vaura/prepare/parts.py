@@ -1,4 +1,4 @@
-"""The stages that make parts of clips: mels, optical flow, features, codes. Each part says what it was made by.
+"""The stages that make parts of clips: mels, frames, optical flow, features, codes. Each part says what it was made by.
 
 What a part depends on is told without opening a stage: the settings of what makes it with a fingerprint of its weights, and
 what the clip itself was cut by. Everything is made clip by clip, and on a CPU with one thread in each process, so that no
@@ -7,6 +7,7 @@ number depends on how many clips or processes there were.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -21,12 +22,13 @@ from torch import Tensor, nn
 from vaura import timing
 from vaura.components import instantiate
 from vaura.data.manifest import Clip
-from vaura.data.prepared import has_part, part_path, read_part, write_part
+from vaura.data.prepared import has_part, part_path, read_part, stills_folder, write_part
 from vaura.encoder.cache import fingerprint
 from vaura.errors import InputError
 from vaura.media.audio import read_audio
 from vaura.media.flow import OpticalFlow
 from vaura.media.mel import DecibelMel
+from vaura.media.stills import Stills
 from vaura.media.tvl1 import TVL1
 from vaura.media.video import read_video
 from vaura.prepare.stage import Outcome
@@ -150,29 +152,67 @@ class _Opened:
 
 @dataclass(frozen=True)
 class Pictures:
-    """Which pictures are stored: `fps` a second, their short side, or height and width, `resize` pixels; None: as they are."""
+    """Which frames are kept: `fps` a second, their short side, or height and width, `resize` pixels; None: as they are."""
 
     fps: float = 21.5
     resize: int | list[int] | None = None
 
-    def stage(self, folder: Path) -> Frames:
-        """What makes them."""
-        return Frames(folder, self)
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.fps) and self.fps > 0):
+            raise InputError(f"frames.fps is {self.fps}; give more than 0 frames a second")
 
 
 class Frames(Part):
-    """Picture -> frames (F, 3, H, W) uint8."""
+    """Picture -> a folder of jpegs, img_00001.jpg and on."""
 
-    def __init__(self, folder: Path, how: Pictures) -> None:
-        super().__init__(folder, "frames", {"kind": "frames", "resize": how.resize, "frame_rate": how.fps})
-        self.how = how
+    def __init__(self, folder: Path, blueprint: Blueprint, how: Pictures) -> None:
+        made = {"kind": "frames", "fps": how.fps, "resize": how.resize, "frame_rate": how.fps}
+        super().__init__(folder, "frames", made)
+        self.how, self.stills = how, _stills(blueprint)
+
+    def path(self, clip: Clip) -> Path:
+        return stills_folder(self.folder, self.name, clip.id)
+
+    def done(self, clip: Clip) -> bool:
+        return self.stills.has_frames(self.path(clip), self.made_by(clip))
 
     def read(self, clip: Clip) -> np.ndarray:
         resize = tuple(self.how.resize) if isinstance(self.how.resize, list) else self.how.resize
         return read_video(clip.video, clip.start, clip.duration, self.how.fps, resize=resize).numpy()  # type: ignore[arg-type]
 
     def make(self, clip: Clip, reading: np.ndarray) -> Outcome:
-        return self.write(clip, time.perf_counter(), {"frames": _tensor(reading)})
+        begun = time.perf_counter()
+        self.stills.write_frames(self.path(clip), _tensor(reading), self.made_by(clip))
+        return Outcome(clip.id, None, clip.duration, {"write": time.perf_counter() - begun})
+
+
+class FlowStills(Part):
+    """Optical flow -> a folder of jpegs, flow_x_00001.jpg, flow_y_00001.jpg and on."""
+
+    def __init__(self, folder: Path, blueprint: Blueprint, flow: Flow) -> None:
+        super().__init__(folder, "flow_stills", {**flow.settings, "kind": "flow_stills"})
+        self.flow, self.stills = flow, _stills(blueprint)
+
+    def path(self, clip: Clip) -> Path:
+        return stills_folder(self.folder, self.name, clip.id)
+
+    def done(self, clip: Clip) -> bool:
+        return self.stills.has_flow(self.path(clip), self.made_by(clip))
+
+    def read(self, clip: Clip) -> np.ndarray:
+        return read_part(self.flow.path(clip)).tensors["flow"].numpy()
+
+    def make(self, clip: Clip, reading: np.ndarray) -> Outcome:
+        begun = time.perf_counter()
+        self.stills.write_flow(self.path(clip), _tensor(reading), self.made_by(clip))
+        return Outcome(clip.id, None, clip.duration, {"write": time.perf_counter() - begun})
+
+
+def _stills(blueprint: Blueprint) -> Stills:
+    stills = blueprint.build()
+    if not isinstance(stills, Stills):
+        raise InputError(f"stills._target_ is {type(stills).__name__}; it is to be vaura.media.stills.Stills")
+    return stills
 
 
 class Mel(Part):

@@ -14,33 +14,37 @@ from __future__ import annotations
 import inspect
 import os
 import re
+import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from vaura.components import check_components
 from vaura.config import save_config
-from vaura.data.manifest import Clip, write_manifest
+from vaura.data.manifest import SPLITS, Clip, read_manifest, write_manifest
 from vaura.data.prepared import CLIPS, MANIFEST, PARTS
 from vaura.data.splits import Sorted, check_shares, recording_rule, split
 from vaura.errors import InputError, nearest
 from vaura.files import MARK, make_folder, write_aside
 from vaura.media.content import Contents
+from vaura.media.stills import FACTS
 from vaura.precision import pick_device
 from vaura.prepare.cut import RECORDS, Cut, Cutting
 from vaura.prepare.local import Local
-from vaura.prepare.parts import Blueprint, Codes, Features, Flow, Mel, Pictures
+from vaura.prepare.parts import Blueprint, Codes, Features, Flow, FlowStills, Frames, Mel, Pictures
 from vaura.prepare.sources import Source, find_sources, share_of_sources
 from vaura.prepare.stage import Engine, Stage
 from vaura.prepare.summary import Tally, added, counted, earlier, own, table, write_errors, write_summary
 from vaura.progress import bar
 
-CONTENTS = "contents"
+CONTENTS, CONFIG = "contents", "config.yaml"
 ENGINES, LAYOUTS = ("local", "ray"), ("specvqgan", "specvqgan_flat")
 Settings = TypeVar("Settings")
 Error = dict[str, str]
@@ -67,10 +71,12 @@ def prepare(config: DictConfig) -> Path:
     engine = _engine(config, workers)
     make_folder(out)
     stages = planned(config, out)
-    remove_unfinished(out, None if config.shard is None else {source.id for source in share})
+    mine = None if config.shard is None else {source.id for source in share}
+    remove_unfinished(out, mine)
     try:
         return _prepared(config, out, share, sides, cut, stages, engine, workers)
     except KeyboardInterrupt as stop:
+        remove_unfinished(out, mine)
         raise KeyboardInterrupt(f"the same command goes on in {out}") from stop
 
 
@@ -86,13 +92,13 @@ def _prepared(
 ) -> Path:
     errors: list[Error] = []
     tallies: dict[str, Tally] = {}
-    known = Contents(out / CONTENTS, str(config.shard or "all").replace("/", "-of-"))
-    digests = known.of([source.path for source in share], workers, "recognise the videos")
-    for source in share:
-        if source.path not in digests:
-            errors.append({"id": source.id, "stage": "cut", "sentence": f"{source.path} cannot be read; check who may"})
-    share = [replace(source, content=digests[source.path]) for source in share if source.path in digests]
     with _entered(engine):
+        known = Contents(out / CONTENTS, str(config.shard or "all").replace("/", "-of-"))
+        digests = known.of([source.path for source in share], workers, "recognise the videos")
+        for source in share:
+            if source.path not in digests:
+                errors.append({"id": source.id, "stage": "cut", "sentence": f"{source.path} cannot be read; check who may"})
+        share = [replace(source, content=digests[source.path]) for source in share if source.path in digests]
         failed = run_stage(engine, cut, share, tallies, lambda source: len(cut.clips(source)))
         for source in share:
             record = cut.record(source)
@@ -104,14 +110,15 @@ def _prepared(
             failed = run_stage(engine, stage, [clip for clip in clips if clip.id not in lost], tallies)
             errors += [{"id": name, "stage": stage.name, "sentence": sentence} for name, sentence in failed.items()]
             lost |= set(failed)  # what lacks one part is not listed, so that no other is made of it
-    clips = [clip for clip in clips if clip.id not in lost]
+    cut_now, clips = clips, [clip for clip in clips if clip.id not in lost]
     if not clips:
         path = write_errors(out, config.shard, errors)
         reason = errors[0]["sentence"] if errors else "there is no video in it"
         raise InputError(f"nothing of input={config.input} can be used, see {path}: {reason}")
     lines = []
     if config.shard is None:
-        clips, lines = finish(config, out, share, clips, sides)
+        clips, lines = finish(config, out, share, clips, sides, [stage.name for stage in stages])
+        lines += _earlier_left(out, share, cut_now, config.remove_old)
     else:
         lines.append(f"This is shard {config.shard}; when all are done, the same command without shard finishes {out}.")
     _tell(config, out, share, clips, tallies, errors, lines)
@@ -157,14 +164,25 @@ class Sides:
         self.shares = check_shares({"train": train, "val": val, "test": test})
         self.by_folder, self.rule = by_folder, recording_rule(recording)
 
-    def of(self, sources: Sequence[Source], seed: int) -> tuple[dict[str, str], list[str]]:
+    def of(self, sources: Sequence[Source], seed: int, before: Mapping[str, str]) -> tuple[dict[str, str], list[str]]:
         """The split of each video by its id, and sentences of what had to be changed for it."""
         found = []
         for source in sources:
             match = self.rule.search(source.stem) if self.rule else None
             recording = match[1] if match else None
             found.append(Sorted(source.id, source.label, source.content or None, recording, source.split))
-        return split(found, self.shares, seed)
+        return split(found, self.shares, seed, before)
+
+
+def earlier_splits(out: Path, config: DictConfig) -> dict[str, str]:
+    """The split of each video in the manifest that lies there; of none where it was made by another rule, or by hand."""
+    try:
+        made_by = OmegaConf.load(out / CONFIG)
+        if not isinstance(made_by, DictConfig) or any(made_by.get(key) != config[key] for key in ("splits", "seed")):
+            return {}
+        return {str(clip.facts["source"]): clip.split for clip in read_manifest(out / MANIFEST) if clip.split in SPLITS}
+    except (OSError, InputError, KeyError, OmegaConfBaseException, YAMLError):  # there is none yet
+        return {}
 
 
 def settings(kind: type[Settings], node: Any, key: str, **supplied: Any) -> Settings:
@@ -188,13 +206,17 @@ def settings(kind: type[Settings], node: Any, key: str, **supplied: Any) -> Sett
 def planned(config: DictConfig, out: Path) -> list[Stage]:
     """The stages after the first, in their order. Components are built once here, to know what would be made by what."""
     found: list[Stage] = []
-    if config.frames is not None:
-        found.append(settings(Pictures, config.frames, "frames").stage(out))
     if config.mel is not None:
         found.append(Mel(out, Blueprint.of(config.mel, "mel"), config.mel_columns))
     flow = Flow(out, Blueprint.of(config.flow, "flow")) if config.flow is not None else None
     if flow is not None:
         found.append(flow)
+    if config.stills is not None:
+        stills = Blueprint.of(config.stills, "stills")
+        if config.frames is not None:
+            found.append(Frames(out, stills, settings(Pictures, config.frames, "frames")))
+        if flow is not None:
+            found.append(FlowStills(out, stills, flow))
     for name, node in (config.encoders or {}).items():
         if node is not None:
             found.append(Features(out, Blueprint.of(node, f"encoders.{name}"), str(name), flow))
@@ -210,6 +232,12 @@ def planned(config: DictConfig, out: Path) -> list[Stage]:
     for name in names:
         if names.count(name) > 1 or name == "cut":
             raise InputError(f"encoders.{name} has the name of another part; choose another than {', '.join(sorted({*names}))}")
+    packable = [name for name in names if name not in ("frames", "flow_stills")]
+    for name in config.pack.kinds:
+        if name not in packable:
+            raise InputError(
+                f"pack.kinds names '{name}', and what is made is {', '.join(packable) or 'nothing'}." + nearest(name, packable)
+            )
     return found
 
 
@@ -224,6 +252,8 @@ def run_stage(
     begun = time.monotonic()
     with bar(stage.name, len(items), len(items) - len(waiting)) as shown:
         for outcome in engine.run(stage, waiting) if waiting else ():
+            if outcome.stops:
+                raise InputError(f"{outcome.sentence}; the same command then goes on")
             tally.add(outcome, clips_of(by_id[outcome.id]))
             if outcome.sentence is not None:
                 failed[outcome.id] = outcome.sentence
@@ -232,33 +262,75 @@ def run_stage(
     return failed
 
 
+def old_files(out: Path, sources: Sequence[Source], clips: Sequence[Clip]) -> list[Path]:
+    """Clips, records, parts and folders of jpegs of videos that are not there now, or of longer ones cut otherwise."""
+    ids, names = {clip.id for clip in clips}, {source.id for source in sources}
+    found = []
+    for kind in (CLIPS, RECORDS, PARTS):
+        for home, folders, files in os.walk(out / kind):
+            stills = [name for name in folders if Path(home, name, FACTS).exists()]
+            for name in [*stills, *files]:
+                below = Path(home, name).relative_to(out / kind).as_posix()
+                below = below.partition("/")[2] if kind == PARTS else below
+                called = below if name in stills else below.rpartition(".")[0]
+                if called not in (names if kind == RECORDS else ids):
+                    found.append(Path(home, name))
+            folders[:] = [name for name in folders if name not in stills]
+    return sorted(found)
+
+
+def _earlier_left(out: Path, sources: Sequence[Source], clips: Sequence[Clip], remove: bool) -> list[str]:
+    """What is to be told of files that are not wanted now; they are removed where that is asked for."""
+    old = old_files(out, sources, clips)
+    if not old:
+        return []
+    if not remove:
+        return [f"Of videos or settings of earlier runs there are {len(old)} more files; remove_old=true removes them."]
+    for path in old:
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+    return [f"Of videos or settings of earlier runs {len(old)} files were removed."]
+
+
 def remove_unfinished(out: Path, share: set[str] | None) -> None:
     """Remove what killed runs had begun to write; of a shard only what belongs to its videos, for others may be writing."""
     for kind in (CLIPS, RECORDS, PARTS, CONTENTS, ""):
         root = out / kind
-        walk = os.walk(root) if kind else [(out, [], os.listdir(out))]
-        for home, _, names in walk:
-            for name in names:
-                match = re.fullmatch(rf"\.(.+)\.{MARK.pattern}(\.[^.]+)", name)
+        for home, folders, names in os.walk(root):
+            for name in [*folders, *names]:
+                match = re.fullmatch(rf"\.(.+)\.{MARK.pattern}(\.[^.]+)?", name)
                 if not match:
                     continue
-                below = Path(home, match[1]).relative_to(root).as_posix()
+                # of a folder, jpegs of a clip, what looks like a suffix belongs to its name
+                whole = match[1] + (match[2] or "") if name in folders else match[1]
+                below = Path(home, whole).relative_to(root).as_posix()
                 below = below.partition("/")[2] if kind == PARTS else below
                 source = below if kind == RECORDS else re.sub(r"_[0-9]{4,}$", "", below)
                 if share is None or (source in share and kind in (CLIPS, RECORDS, PARTS)):
-                    Path(home, name).unlink(missing_ok=True)
+                    if name in folders:
+                        shutil.rmtree(Path(home, name), ignore_errors=True)
+                    else:
+                        Path(home, name).unlink(missing_ok=True)
+            # nothing is begun in the folder itself but what has its own name, nor within the jpegs of a clip
+            folders[:] = [] if not kind else [name for name in folders if not Path(home, name, FACTS).exists()]
 
 
 def finish(
-    config: DictConfig, out: Path, sources: Sequence[Source], clips: list[Clip], sides: Sides
+    config: DictConfig, out: Path, sources: Sequence[Source], clips: list[Clip], sides: Sides, kinds: Sequence[str]
 ) -> tuple[list[Clip], list[str]]:
-    """Splits, manifest, data.yaml, shards and layout: what is made of all clips. The clips, and what is to be told."""
+    """Splits, manifest, data.yaml, shards and layout: what is made of all clips. The clips, and what is to be told.
+
+    `kinds` are those of the parts that were made now.
+    """
     used = {clip.facts["source"] for clip in clips}
-    chosen, told = sides.of([source for source in sources if source.id in used], config.seed)
+    before = earlier_splits(out, config)
+    chosen, told = sides.of([source for source in sources if source.id in used], config.seed, before)
     clips = [replace(clip, split=chosen[clip.facts["source"]]) for clip in clips]
     write_manifest(out / MANIFEST, clips)
     write_data_config(out, clips)
-    save_config(config, out / "config.yaml")
+    save_config(config, out / CONFIG)
     counts = ", ".join(f"{name} {facts['clips']}" for name, facts in counted(clips).items())
     lines = [*told, f"Splits: {counts}. To train on them: python main.py config={out / 'data.yaml'}"]
     if config.pack.kinds:
@@ -269,15 +341,16 @@ def finish(
         packed = pack(out, **{str(key): value for key, value in given.items()})
         lines.append(f"Shards: {len(packed.written)} written, {len(packed.right)} were right.")
     if config.layout is not None:
-        lines.append(_laid_out(config, out))
+        lines.append(_laid_out(config, out, kinds))
     return clips, lines
 
 
-def _laid_out(config: DictConfig, out: Path) -> str:
-    from vaura.data.layout import lay_out
+def _laid_out(config: DictConfig, out: Path, kinds: Sequence[str]) -> str:
+    from vaura.data.layout import FORMS, lay_out
 
     name = config.layout_name or re.sub(r"[^\w.-]+", "_", out.name).lstrip(".") or "data"
-    done = lay_out(out, out / "specvqgan", name, flat=config.layout.endswith("_flat"))
+    forms = {kind: form for kind, form in FORMS.items() if kind in kinds}  # others may be of earlier clips
+    done = lay_out(out, out / "specvqgan", name, flat=config.layout.endswith("_flat"), forms=forms)
     return f"Layout: {done.clips} clips below {out / 'specvqgan'} as the data set {name}, {done.written} files written now."
 
 

@@ -9,11 +9,13 @@ from __future__ import annotations
 import importlib
 import logging
 import os
+import socket
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
+from urllib.parse import urlsplit
 
 from vaura.errors import InputError
 from vaura.prepare.stage import Outcome, Stage, finish, take_up
@@ -23,6 +25,11 @@ BLOCKS = 4096
 
 RETRIES = 1
 """How often an item is begun anew whose process was lost, before it is told and left."""
+
+ANSWER = 5.0
+"""Seconds in which a cluster's address has to answer."""
+
+NONE = "no Ray cluster {} ({}); start one by `ray start --head`, or set engine=local"
 
 
 class RayEngine:
@@ -129,6 +136,7 @@ class RayEngine:
             importlib.import_module("ray.data")
         except ImportError as error:
             raise InputError("engine=ray needs Ray; pip install 'vaura[ray]', or set engine=local") from error
+        _answers(self.address)
         if not ray.is_initialized():
             where = {"num_cpus": self.cpus, "include_dashboard": False} if self.address is None else {"address": self.address}
             quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
@@ -139,9 +147,7 @@ class RayEngine:
             except (ConnectionError, RuntimeError, ValueError) as error:
                 reason = next(iter(str(error).split("\n")), "")
                 told = "on this machine" if self.address is None else f"at ray.address={self.address}"
-                raise InputError(
-                    f"no Ray cluster {told} ({reason}); start one by `ray start --head`, or set engine=local"
-                ) from error
+                raise InputError(NONE.format(told, reason)) from error
             self._own = True
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False  # the house has its own
@@ -150,6 +156,21 @@ class RayEngine:
             logging.getLogger(name).setLevel(logging.CRITICAL)
         self._ray = ray
         return ray
+
+
+def _answers(address: str | None) -> None:
+    """InputError where nobody listens at HOST:PORT: Ray itself would ask for a minute."""
+    where = urlsplit(address if address and "://" in address else f"//{address}")
+    try:
+        port = where.port
+    except ValueError:
+        port = None
+    if address is None or where.hostname is None or port is None:  # a word, such as auto
+        return
+    try:
+        socket.create_connection((where.hostname, port), ANSWER).close()
+    except OSError as error:
+        raise InputError(NONE.format(f"at ray.address={address}", error.strerror or error)) from error
 
 
 @contextmanager

@@ -13,6 +13,7 @@ An engine does for each item what `take_up` and `finish` do below, wherever it l
 
 from __future__ import annotations
 
+import errno
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -37,12 +38,14 @@ class Outcome:
         sentence: why nothing was made of it; None where it is done.
         media: seconds of video it lasts.
         seconds: of work by phase: "read" and what the stage tells besides, such as "encode" and "write".
+        stops: there is no room to write more, so that no other item could be made either.
     """
 
     id: str
     sentence: str | None = None
     media: float = 0.0
     seconds: Mapping[str, float] = field(default_factory=dict)
+    stops: bool = False
 
 
 class Stage(Protocol):
@@ -113,7 +116,7 @@ def finish(stage: Stage, item: Any, reading: Reading) -> Outcome:
         outcome = stage.make(item, reading.value)
     except Exception as error:  # as above
         spent = {"read": reading.seconds, "make": time.perf_counter() - begun}
-        return Outcome(item.id, _told(stage, item, error), seconds=spent)
+        return Outcome(item.id, _told(stage, item, error), seconds=spent, stops=_is_no_room(error))
     return replace(outcome, seconds={"read": reading.seconds, **outcome.seconds})
 
 
@@ -121,3 +124,14 @@ def _told(stage: Stage, item: Any, error: Exception) -> str:
     if isinstance(error, InputError):
         return str(error)
     return f"{item.id}: {stage.name} cannot be made of it ({type(error).__name__}: {' '.join(str(error).split())})"
+
+
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+
+
+def _is_no_room(error: BaseException | None) -> bool:
+    while error is not None:
+        if getattr(error, "errno", None) in NO_ROOM:
+            return True
+        error = error.__cause__ or error.__context__
+    return False
