@@ -65,8 +65,8 @@ def test_a_key_that_another_choice_takes_away_is_not_suggested():
         ("open", "data.root (the folder of clips): no value given; add data.root=VALUE"),
         (
             "bare",
-            "{configs}/bare.yaml names no schema: its defaults list begins with one of train, train_part, quickstart, finetune, "
-            "generate, evaluate, codec, prepare, serve, as '- schema: train'",
+            "{configs}/bare.yaml names no schema: its defaults list begins with one of train, train_part, quickstart, "
+            "finetune, generate, evaluate, codec, prepare, serve, as '- schema: train'",
         ),
         (
             "experiments/system/lost",

@@ -29,14 +29,14 @@ from vaura.refusals import REFUSED, hydra_sentence, omegaconf_sentence, unknown_
 VERBS = {
     "train": "vaura.train:train",
     "test": "vaura.train:test",
-    "finetune": "vaura.finetune.run:finetune",
+    "finetune": "vaura.finetune.verb:finetune",
     "train_part": "vaura.train_part:train_part",
     "generate": "vaura.generate:generate",
     "evaluate": "vaura.evaluate:evaluate",
     "codec": "vaura.codec:codec",
     "quickstart": "vaura.quickstart:quickstart",
-    "prepare": "vaura.prepare.prepare:prepare",
-    "serve": "vaura.serve.start:serve",
+    "prepare": "vaura.prepare.verb:prepare",
+    "serve": "vaura.serve.verb:serve",
 }
 
 

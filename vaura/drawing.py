@@ -137,7 +137,7 @@ class VideoToAudio:
     def learnt_seconds(self) -> float:
         """How long the clips are that it learnt from: of videos what was cut from them, of arrays their mels."""
         data = self.config.data
-        if (duration := data.get("duration")) is not None:
+        if (duration := data.get("duration")) is not None and data.get("signal") != "mel":  # shards know of both
             return float(duration)
         return float(exact(data.mel_frames) / exact(self._mel_rate))
 
@@ -222,8 +222,7 @@ class VideoToAudio:
 
         def pieces() -> Iterator[Tensor]:
             with _looking(self, clip) as looked:
-                for wav in self.task.stream([looked], clip.duration, **self._drawing(drawn, [(clip, 0)], begun)):
-                    yield wav[0].cpu()
+                yield from self.streamed(clip, looked, drawn, begun)
 
         return pieces()
 
@@ -367,6 +366,23 @@ class VideoToAudio:
         wav = tokenizer.vocoder(mel)[0, :, : count(seconds, tokenizer.sample_rate)]
         return wav, mel[0, :, : cover(seconds, self._mel_rate)]
 
+    def streamed(
+        self,
+        clip: Clip,
+        looked: Tensor | LazyFeatures,
+        how: How,
+        prompt: Tensor | None = None,
+        progress: Progress | None = None,
+        number: int = 0,
+    ) -> Iterator[Tensor]:
+        """The sound of one sample of a clip of a video in pieces (A, n), each as soon as it is certain, at the level it has.
+
+        The arguments are those of `sounds`.
+        """
+        drawing = self._drawing(how, [(clip, number)], prompt)
+        for wav in self.task.stream([looked], clip.duration, progress=progress, **drawing):
+            yield wav[0].cpu()
+
     def _drawing(self, how: How, wanted: Sequence[Wanted], prompt: Tensor | None) -> dict[str, Any]:
         """How the task is to draw the sounds that are wanted."""
         classes = [number for clip, _ in wanted if (number := self.class_of(clip)) is not None]
@@ -427,6 +443,18 @@ def _looking(model: VideoToAudio, clip: Clip) -> Iterator[Tensor | LazyFeatures]
     finally:
         if isinstance(looked, LazyFeatures):
             looked.close()
+
+
+def overrides(config: DictConfig) -> DictConfig:
+    """What a verb's config merges over an experiment's: `overridden_hparams`, an `encoder`, a `vocoder`."""
+    parts = [OmegaConf.create(config.overridden_hparams)]
+    if config.encoder is not None:
+        parts.append(OmegaConf.create({"encoder": config.encoder}))
+    if config.vocoder is not None:
+        parts.append(OmegaConf.create({"tokenizer": {"vocoder": config.vocoder}}))
+    merged = OmegaConf.merge(*parts)
+    assert isinstance(merged, DictConfig)
+    return merged
 
 
 def is_of_arrays(data: Any) -> bool:

@@ -9,7 +9,7 @@ from datetime import datetime
 from pathlib import Path
 
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from torch import Tensor
 
 from vaura import experiment
@@ -19,11 +19,12 @@ from vaura.data.beginning import Beginning
 from vaura.data.manifest import Clip
 from vaura.data.sound import Sound
 from vaura.data.wanted import ArrayClip, Wanted, batches, check_targets, find_arrays, find_clips, noted
-from vaura.drawing import How, VideoToAudio, is_of_arrays, original
+from vaura.drawing import How, VideoToAudio, is_of_arrays, original, overrides
 from vaura.encoder.lazy import LazyFeatures
 from vaura.errors import InputError
 from vaura.files import make_folder, write_lines
 from vaura.progress import Bar, bar
+from vaura.vocoder.learnt import check_voice
 
 TOLD = 10
 """Failures that are told in one sentence."""
@@ -49,6 +50,8 @@ def generate(config: DictConfig) -> Path:
         engine=config.engine,
         compile=config.compile,
     )
+    own = config.vocoder is not None
+    check_voice(model.task.tokenizer, f"{'' if own else 'vocoder=melgan or hifigan and '}vocoder.weights=FILE")
     how = How(
         sampler=instantiate(config.sampler),
         guidance=config.guidance,
@@ -60,6 +63,8 @@ def generate(config: DictConfig) -> Path:
         loop=config.loop,
         normalize=config.normalize,
     )
+    if how.loop == "rolling" and not model.task.lm.channels:
+        raise InputError("loop=rolling forgets what was read first, and this model reads its condition there; set loop=windows")
     begin = Beginning.of(config, model.task.tokenizer)
     clips, failed = find(config, model)
     work = batches(clips, config.samples_per_video, config.batch_size, how.alike)
@@ -98,18 +103,6 @@ def generate(config: DictConfig) -> Path:
         done = f"{samples} samples are in {out}, but not all: " if samples else ""
         raise InputError(done + tell(failed, out / "left_out.txt"))
     return out
-
-
-def overrides(config: DictConfig) -> DictConfig:
-    """What is merged over the experiment's configuration: `overridden_hparams`, an `encoder`, a `vocoder`."""
-    parts = [OmegaConf.create(config.overridden_hparams)]
-    if config.encoder is not None:
-        parts.append(OmegaConf.create({"encoder": config.encoder}))
-    if config.vocoder is not None:
-        parts.append(OmegaConf.create({"tokenizer": {"vocoder": config.vocoder}}))
-    merged = OmegaConf.merge(*parts)
-    assert isinstance(merged, DictConfig)
-    return merged
 
 
 def find(config: DictConfig, model: VideoToAudio) -> tuple[list[Clip], list[str]]:

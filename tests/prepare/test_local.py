@@ -11,8 +11,8 @@ import pytest
 
 from vaura.errors import InputError
 from vaura.prepare.local import Local
-from vaura.prepare.prepare import run_stage
 from vaura.prepare.stage import Outcome
+from vaura.prepare.verb import run_stage
 
 
 @dataclass(frozen=True)

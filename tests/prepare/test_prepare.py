@@ -25,7 +25,7 @@ from vaura.media.audio import read_audio
 from vaura.media.mel import DecibelMel
 from vaura.media.stills import read_flow, read_frames
 from vaura.media.video import read_video
-from vaura.prepare import prepare as verb
+from vaura.prepare import verb
 
 TINY = {"dim": 16, "width": 8, "size": 32}
 GOOD = {"bell/ring 0", "bell/ring 1", "bell/ring 3", "drum/hit0", "drum/hit1", "drum/hit2", "drum/copy"}

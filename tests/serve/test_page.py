@@ -42,12 +42,10 @@ def page(tiny, tmp_path_factory):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = (
-        f"config=serve experiment_path={tiny.folder} port={port} folder={folder} device=cpu upload_mb=2 seconds=7 samples=2"
-    )
+    command = f"config=serve experiment_path={tiny.folder} port={port} folder={folder} upload_mb=2 seconds=7 samples=3"
     log = folder / "log.txt"
     with log.open("w") as output:
-        words = [sys.executable, str(MAIN), *command.split(), "precision=float32", "engine=torch", "title=Tiny"]
+        words = [sys.executable, str(MAIN), *command.split(), "device=cpu", "precision=float32", "engine=torch"]
         process = subprocess.Popen(words, stdout=output, stderr=subprocess.STDOUT, cwd=folder)
     ends = time.monotonic() + 120
     while "page: " not in log.read_text():
@@ -108,7 +106,7 @@ def test_programs_are_told_in_one_sentence(client, tiny, tmp_path):
     video = handle_file(str(tiny.videos[0]))
     for given, said in (
         ({"video": handle_file(str(broken))}, r"^broken\.mp4 is not a video or sound file that can be read"),
-        ({"video": video, "samples": 3}, "3 samples are asked for, and 2 are the most"),
+        ({"video": video, "samples": 4}, "4 samples are asked for, and 3 are the most"),
         ({"video": video, "model": "x"}, "there is no model 'x' here"),
         ({"video": video, "start": 9}, "lasts 1.92 s, so a sound cannot start at 9 s"),
     ):
@@ -152,7 +150,7 @@ class Visit:
     """A visitor who notes what goes wrong in the browser, and whom it asks."""
 
     def __init__(self, browser, address, **context):
-        self.page = browser.new_context(viewport={"width": 1360, "height": 900}, **context).new_page()
+        self.page = browser.new_context(**{"viewport": {"width": 1360, "height": 900}} | context).new_page()
         self.wrong, self.asked = [], []
         self.page.on("console", lambda said: self.wrong.append(said.text) if said.type == "error" else None)
         self.page.on("pageerror", lambda error: self.wrong.append(str(error)))
@@ -179,15 +177,19 @@ def test_a_visitor_uploads_listens_and_is_told_what_is_wrong(page, browser, worl
     tab = visit.page
     visit.give(real[0] if real else world_video)
     assert "with its own sound" in tab.inner_text(".va-facts")
+    tab.get_by_label("number input for Samples").fill("3")
     tab.click("#va-make")
     tab.wait_for_selector("#va-stage video")  # it is longer than a window: it is heard while the rest is made
     tab.wait_for_function("document.querySelector('#va-stage').dataset.heard > 0")
     tab.wait_for_selector(".va-summary", timeout=60_000)
-    assert tab.locator("#va-results .va-card").count() == 3
+    titles = ["Sample 1", "Original", "Sample 2", "Original through the codec", "Sample 3"]
+    tab.wait_for_function(f"document.querySelectorAll('#va-results .va-card').length >= {len(titles)}")
+    assert tab.locator("#va-results h3").all_inner_texts() == titles
+    assert len(set(tab.locator("#va-results video").evaluate_all("them => them.map(it => it.src)"))) == len(titles)
     assert tab.locator("#va-results img").evaluate_all("them => them.every(it => it.naturalWidth > 100)")
 
-    film = tab.locator(".va-sample video")
-    tab.click(".va-sample .va-play")
+    film = tab.locator(".va-sample video").first
+    tab.click(".va-sample .va-play >> nth=0")
     tab.wait_for_function("document.querySelector('.va-sample video').currentTime > 0.3")
     assert film.evaluate("it => it.readyState") >= 3
     assert tab.locator("#va-stage video").evaluate("it => it.paused")  # one at a time
@@ -222,14 +224,49 @@ def test_a_visitor_uploads_listens_and_is_told_what_is_wrong(page, browser, worl
     assert visit.elsewhere(address) == []
 
 
-def test_an_example_is_picked_by_someone_else_in_the_dark(page, browser, tmp_path):
+def test_two_at_once_wait_for_each_other_and_see_nothing_of_each_other(page, browser, tiny, tmp_path):
     address, _ = page
-    visit = Visit(browser, address, color_scheme="dark")
-    assert visit.page.locator(".va-card").count() == 0  # nothing of the other's
-    visit.page.click("#va-examples .thumbnail-item")
-    visit.page.wait_for_selector(".va-facts")
-    visit.make()
-    assert visit.page.locator(".va-card.va-sample").count() == 1
-    visit.page.screenshot(path=tmp_path / "dark.png")
-    assert visit.wrong == []
-    assert visit.elsewhere(address) == []
+    one, other = Visit(browser, address), Visit(browser, address, color_scheme="dark")
+    for visit in (one, other):
+        visit.page.click("#va-make")  # without a video
+        visit.page.wait_for_selector("#va-state .va-wrong")
+    text = tmp_path / "text.mp4"
+    text.write_text("no film\n" * 100)
+    one.give(text)
+    assert "is not a video" in one.page.inner_text("#va-ask .va-wrong")
+    one.page.click("#va-video button[aria-label='Clear'] >> nth=-1")
+    one.page.wait_for_selector("#va-ask .va-wrong", state="detached")
+    one.give(tiny.videos[0])
+    assert other.page.locator("#va-ask .va-facts").count() == 0
+    other.page.click("#va-examples .thumbnail-item")
+    other.page.wait_for_selector(".va-facts")
+
+    one.page.get_by_label("Duration").fill("0.64")
+    one.page.click("#va-make")
+    one.page.wait_for_selector("#va-state [role=progressbar]")
+    other.page.click("#va-make")
+    other.page.wait_for_selector(".va-summary", timeout=60_000)
+    one.page.wait_for_selector(".va-summary", timeout=60_000)
+    seen = [visit.page.locator("#va-results video").evaluate_all("them => them.map(it => it.src)") for visit in (one, other)]
+    assert [len(films) for films in seen] == [3, 3]
+    assert {film.split("/")[-2] for film in seen[0]}.isdisjoint(film.split("/")[-2] for film in seen[1])
+
+    other.page.get_by_label("number input for Samples").fill("3")
+    other.page.click("#va-again")
+    other.page.click("#va-stop")
+    other.page.wait_for_selector("#va-state :text('Stopped')")
+    other.page.wait_for_selector("#va-make")
+    assert one.page.locator("#va-results .va-card").count() == 3
+    for visit in (one, other):
+        assert visit.wrong == []
+        assert visit.elsewhere(address) == []
+
+
+def test_a_telephone_needs_no_sideways_scrolling_and_every_control_has_a_name(page, browser):
+    visit = Visit(browser, page[0], viewport={"width": 390, "height": 800}, has_touch=True)
+    visit.page.click("text=How it is drawn")
+    assert visit.page.evaluate("document.documentElement.scrollWidth") == 390
+    assert visit.page.locator("#va-video button[aria-label='Capture from camera']").is_visible()  # one may record
+    nameless = """them => them.filter(it => it.offsetParent && !it.innerText.trim() && !it.title && !it.labels?.length
+        && !it.getAttribute("aria-label") && !it.getAttribute("aria-labelledby")).map(it => it.outerHTML)"""
+    assert visit.page.locator("button, input, select, textarea").evaluate_all(nameless) == []

@@ -3,7 +3,7 @@ import shutil
 import pytest
 
 from vaura.errors import InputError
-from vaura.serve.shelf import Shelf, classes_of, find_entries
+from vaura.serve.shelf import Entry, Shelf, classes_of, find_entries
 
 
 def test_one_experiment_a_folder_of_several_and_a_list(tiny, tmp_path, original):
@@ -16,6 +16,23 @@ def test_one_experiment_a_folder_of_several_and_a_list(tiny, tmp_path, original)
     listed = find_entries([str(several), str(tiny.folder), str(original.folder)])
     assert {entry.name for entry in listed} == {"run/first", "run/second", "experiment", original.folder.name}
     assert len(find_entries([tiny.folder, tiny.folder])) == 1
+    assert find_entries(f"[{several}, '{tiny.folder}']") == find_entries([several, tiny.folder])  # as a command line says it
+    inside = shutil.copytree(tiny.folder, tmp_path / "[x, y]")
+    assert [entry.folder for entry in find_entries(str(inside))] == [inside]
+
+
+def test_an_encoder_and_a_vocoder_are_for_models_that_want_one(tiny, tmp_path):
+    given = {"encoder": {"_target_": "x"}, "tokenizer": {"vocoder": {"_target_": "y"}}, "seed": 3}
+    (own,) = find_entries(tiny.folder)
+    assert "encoder" not in own.wanted(given)
+    assert own.wanted(given).tokenizer == given["tokenizer"]  # its own makes mels too
+    stored = Entry("stored", tmp_path)
+    target = "vaura.encoder.stored.StoredFeatures"
+    (tmp_path / "config.yaml").write_text(f"encoder: {{_target_: {target}}}\ntokenizer: {{vocoder: {{_target_: z}}}}\n")
+    assert stored.wanted(given) == given
+    (tmp_path / "config.yaml").write_text("tokenizer: {_target_: z}\n")
+    assert stored.wanted(given) == given | {"tokenizer": {}}
+    assert own.wanted(None) is None
 
 
 def test_two_of_one_name_are_told_apart(tiny, tmp_path):

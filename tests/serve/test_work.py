@@ -14,8 +14,9 @@ from vaura.media.audio import read_audio
 from vaura.media.mel import DecibelMel
 from vaura.media.video import probe, read_video
 from vaura.metric.melception import Melception
+from vaura.serve.line import Line, Stopped
 from vaura.serve.request import Limits, Request
-from vaura.serve.work import CODEC, ORIGINAL, SAMPLE, Done, Ear, Heard, Manner, Piece, Step, Stopped, Workshop
+from vaura.serve.work import CODEC, ORIGINAL, SAMPLE, Done, Ear, Heard, Manner, Piece, Step, Workshop
 
 
 def drawn(shop, video, **request):
@@ -111,8 +112,20 @@ def test_stopping_stops_and_closing_too(shop, tiny):
     drawn(shop, tiny.videos[0], duration=0.64)  # its place is free again
 
 
+def test_who_waits_is_told_his_place_and_may_leave(shop, tiny):
+    with shop.line.turn(threading.Event(), print):  # somebody else's
+        stop = threading.Event()
+        waiting = shop.run(Request(duration=0.64), tiny.videos[0], stop)
+        assert next(waiting).what == "Waiting: number 1 in line"
+        with pytest.raises(InputError, match="there is no model 'x'"):  # nobody waits for that
+            next(shop.run(Request(model="x"), tiny.videos[0]))
+        stop.set()
+        with pytest.raises(Stopped):
+            next(waiting)
+
+
 def test_one_that_fails_does_not_touch_another(shelf, rooms, tiny, tmp_path):
-    shop = Workshop(shelf, rooms, Limits(), Manner(), at_once=3)
+    shop = Workshop(shelf, rooms, Limits(), Manner(), line=Line(3))
     alone = wavs(drawn(shop, tiny.videos[0], duration=0.64, seed=1)[-1])[0]
     broken = tmp_path / "broken.mp4"
     broken.write_bytes(tiny.videos[0].read_bytes()[:5000])

@@ -167,16 +167,25 @@ def rows_of(result: dict[str, Any]) -> list[Row]:
 
 
 def verdict(folder: Path, result: dict[str, Any]) -> str:
-    """Whether it helped, in a sentence."""
+    """Whether it helped: what the loss says, and what the sounds say against it."""
     before, after = (result[when]["validation_loss"] for when in ("before", "after"))
     if before is None:
-        return "No clip validated, so whether it helped is not known."
-    if after < before:
-        return f"The validation loss fell from {before:.4f} to {after:.4f}."
-    return (
-        f"The validation loss did not improve: {before:.4f} before, {after:.4f} at its best after. The model as it was is the "
-        f"better one: checkpoint={folder / 'start.safetensors'}"
-    )
+        told = "No clip validated, so whether it helped is not known."
+    elif after < before:
+        told = f"The validation loss fell from {before:.4f} to {after:.4f}."
+    else:
+        told = (
+            f"The validation loss did not improve: {before:.4f} before, {after:.4f} at its best after. The model as it was is "
+            f"the better one: checkpoint={folder / 'start.safetensors'}."
+        )
+    if worse := [row.name for row in rows_of(result) if row.verdict == "worse" and row.name != SHOWN["validation_loss"][0]]:
+        told += f" The held-out sounds got worse in {', '.join(worse)}."
+    found, chance = (result["after"].get(key) for key in ("onset_f1", "onset_f1_chance"))
+    if found is not None and chance is not None:
+        least, _ = result["after"].get("intervals", {}).get("onset_f1", (found, found))
+        if least <= chance:
+            told += f" They fall no surer than by chance: onset F1 {found:.2f}, against another clip's truth {chance:.2f}."
+    return told
 
 
 def table(rows: Sequence[Row]) -> str:

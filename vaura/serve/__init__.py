@@ -3,8 +3,9 @@
 shelf.py    which models there are, and those in memory
 request.py  what one request asks for, and what may be asked
 rooms.py    a folder for every request, and its end
+line.py     who is next
 work.py     the work: a request and a video in, steps and pieces and results out; no page needed
 cards.py    results as HTML
 page.py     the page and its endpoint (Gradio), page.css, page.js
-start.py    the verb: python main.py config=configs/serve.yaml experiment_path=EXPERIMENT
+verb.py     the verb: python main.py config=configs/serve.yaml experiment_path=EXPERIMENT
 """

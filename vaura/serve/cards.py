@@ -183,7 +183,8 @@ def summary(done: Done, settings: Path, address: Address) -> str:
     link = f'<a href="{html.escape(address(settings))}" download="{html.escape(settings.name)}">settings as JSON</a>'
     true = any(heard.kind == ORIGINAL and heard.wav is not None for heard in done.heard)
     many = any(heard.kind == SAMPLE for heard in done.heard)
-    return f'{legend(true) if many else ""}<dl class="va-summary">{listed}</dl><p class="va-facts">{link}</p>'
+    marks = legend(true) if many else ""
+    return f'<div class="va-after">{marks}<dl class="va-summary">{listed}</dl><p class="va-facts">{link}</p></div>'
 
 
 def _kept(request: Request) -> str:

@@ -66,7 +66,7 @@
       const stage = this.stage(), box = document.createElement("article");
       box.className = "va-card va-live";
       box.setAttribute("aria-label", "Live");
-      box.innerHTML = '<div class="va-top"><h3>Live</h3><p>It plays while the rest is being made.</p></div>' +
+      box.innerHTML = '<div class="va-top"><h3>Live</h3><p>The first sample, while the rest is being made.</p></div>' +
         '<div class="va-screen"><video muted playsinline preload="auto"></video><div class="va-buffer"><i></i><b></b></div></div>' +
         '<div class="va-foot"><button type="button" class="va-play"><span>Pause</span></button><time></time></div>';
       box.dataset.ready = "yes";

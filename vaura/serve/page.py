@@ -20,9 +20,10 @@ from vaura.data.manifest import Clip, find_videos
 from vaura.errors import InputError
 from vaura.media.video import read_video
 from vaura.serve import cards
+from vaura.serve.line import Stopped
 from vaura.serve.request import Request
 from vaura.serve.shelf import BEST, classes_of
-from vaura.serve.work import CODEC, ORIGINAL, SAMPLE, Done, Heard, Piece, Step, Stopped, Workshop
+from vaura.serve.work import CODEC, ORIGINAL, SAMPLE, Done, Heard, Piece, Step, Workshop
 
 MISSING = "the page is made by Gradio, which is not installed: pip install 'vaura[serve]'"
 FAILED = "something went wrong here that is not your fault; try again, or tell who runs this page: its log says what it was"
@@ -310,7 +311,7 @@ def _report(done: Done) -> dict[str, Any]:
     }
 
 
-def build(gr: Any, shop: Workshop, title: str, examples: Examples, waiting: int, at_once: int) -> Any:
+def build(gr: Any, shop: Workshop, title: str, examples: Examples) -> Any:
     """The page (Blocks), ready to be launched."""
     desk, shelf, limits = Desk(shop, gr), shop.shelf, shop.limits
     first, model = shelf.entry(None), shelf.model()
@@ -332,7 +333,7 @@ def build(gr: Any, shop: Workshop, title: str, examples: Examples, waiting: int,
                 video = gr.Video(
                     label="Video", sources=["upload", "webcam"], include_audio=True, height=300, elem_id="va-video", buttons=[]
                 )
-                about = plain(visible=False)
+                about = plain("", elem_classes="va-part")
                 if examples.clips:
                     plain('<p class="va-label">Or one of these</p>')
                     gallery = gr.Gallery(
@@ -391,12 +392,12 @@ def build(gr: Any, shop: Workshop, title: str, examples: Examples, waiting: int,
                 stop = gr.Button("Stop", size="lg", visible=False, elem_id="va-stop")
                 again = gr.Button("Again with another seed", size="lg", visible=False, elem_id="va-again")
             with gr.Column(scale=8, min_width=320, elem_id="va-answer"):
-                state = plain(cards.EMPTY, elem_id="va-state")
-                plain('<div id="va-stage"></div>')
+                state = plain(cards.EMPTY, elem_id="va-state", elem_classes="va-part")
+                plain('<div id="va-stage"></div>', elem_classes="va-part")
                 feed = plain("", elem_classes="va-none")
                 with gr.Column(elem_id="va-results"):
-                    shown = {name: plain(visible=False) for name in places}
-                summary = plain(visible=False)
+                    shown = {name: plain("", elem_classes="va-part") for name in places}
+                summary = plain("", elem_classes="va-part")
                 with gr.Accordion("Same again", open=False, visible=False) as same:
                     settings = gr.Textbox(
                         label="Settings as JSON",
@@ -413,14 +414,14 @@ def build(gr: Any, shop: Workshop, title: str, examples: Examples, waiting: int,
         outputs = {"state": state, "feed": feed, "summary": summary, "settings": settings} | shown
         everything = [*outputs.values(), make, again, stop, same]
 
-        def told(sentence: str, wrong: bool = False) -> Any:
-            return gr.update(value=cards.notice(sentence, wrong), visible=True)
+        def told(sentence: str, wrong: bool = False) -> str:
+            return cards.notice(sentence, wrong)
 
         def begin(request: Any) -> dict[Any, Any]:
             desk.begin(str(request.session_hash))
-            cleared = {part: gr.update(value="", visible=False) for part in (summary, *shown.values())}
-            return cleared | {
-                state: gr.update(value=cards.progress(Step(0.0, "Waiting for its turn")), visible=True),
+            # parts are there from the beginning and empty, not invisible: what is said to one that is about to be seen is lost
+            return dict.fromkeys((summary, *shown.values()), "") | {
+                state: cards.progress(Step(0.0, "Waiting for its turn")),
                 feed: "",
                 make: gr.update(visible=False),
                 again: gr.update(visible=False),
@@ -430,10 +431,7 @@ def build(gr: Any, shop: Workshop, title: str, examples: Examples, waiting: int,
 
         def run(request: Any, film: str | None, *form: Any) -> Iterator[dict[Any, Any]]:
             for changed in desk.answer(str(request.session_hash), film, form):
-                update: dict[Any, Any] = {
-                    outputs[name]: value if name in ("feed", "settings") else gr.update(value=value, visible=bool(value))
-                    for name, value in changed.items()
-                }
+                update: dict[Any, Any] = {outputs[name]: value for name, value in changed.items()}
                 if "settings" in changed:
                     update[same] = gr.update(visible=True)
                 yield update
@@ -444,14 +442,14 @@ def build(gr: Any, shop: Workshop, title: str, examples: Examples, waiting: int,
         def halt(request: Any) -> None:
             desk.stop(str(request.session_hash))
 
-        def look(film: str | None) -> Any:
+        def look(film: str | None) -> str:
             if film is None:
-                return gr.update(visible=False)
+                return ""
             try:
                 found = shop.check(film)
             except InputError as error:
-                return gr.update(value=cards.notice(shop.told(error, film), wrong=True), visible=True)
-            return gr.update(value=cards.facts(found), visible=True)
+                return cards.notice(shop.told(error, film), wrong=True)
+            return cards.facts(found)
 
         def choose(name: str) -> tuple[Any, ...]:
             entry = shelf.entry(name)
@@ -473,7 +471,7 @@ def build(gr: Any, shop: Workshop, title: str, examples: Examples, waiting: int,
             values = [said[name] for name in FORM]
             return (*values, told("the settings are taken; with the same video they make the same sound"))
 
-        shared = {"concurrency_id": "sound", "concurrency_limit": at_once}
+        shared = {"concurrency_limit": None}  # the workshop has a line of its own, in which everybody is told his place
 
         for answer in (begin, run, halt):
             answer.__annotations__["request"] = gr.Request  # by which Gradio knows what is wanted
@@ -501,7 +499,7 @@ def build(gr: Any, shop: Workshop, title: str, examples: Examples, waiting: int,
             gallery.select(pick, None, [video, start, duration], **at_the_desk)
 
         _endpoints(gr, desk, limits.samples, shared)
-    page.queue(max_size=waiting, default_concurrency_limit=at_once, api_open=True)
+    page.queue(default_concurrency_limit=4, api_open=True)
     return page
 
 

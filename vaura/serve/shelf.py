@@ -10,13 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from vaura.checkpoint import CHECKPOINTS, SCORED, best_checkpoint
 from vaura.config import load_config
 from vaura.data.labels import class_names
 from vaura.data.manifest import Clip, find_videos, read_manifest
 from vaura.drawing import VideoToAudio, is_of_arrays
+from vaura.encoder.stored import StoredFeatures
 from vaura.errors import InputError, nearest
 from vaura.experiment import CONFIG
 from vaura.published import specvqgan
@@ -62,6 +63,20 @@ class Entry:
             return ""
         return f"step {int(match['step'])}, validation loss {float(match['loss']):.3f}" if match else ""
 
+    def wanted(self, overrides: Any) -> Any:
+        """What of `overrides` is for this experiment: no encoder, where it looks at videos itself, and no vocoder, where its
+        tokenizer makes sound without."""
+        path = self.folder / CONFIG
+        if overrides is None or not path.is_file():
+            return overrides
+        config, fitting = load_config(path), OmegaConf.merge(overrides)
+        assert isinstance(fitting, DictConfig)
+        if "encoder" in config and not _is(config.encoder, StoredFeatures):
+            fitting.pop("encoder", None)
+        if "vocoder" in fitting.get("tokenizer", {}) and "vocoder" not in config.get("tokenizer", {"vocoder": None}):
+            fitting.tokenizer.pop("vocoder")
+        return fitting
+
     def examples(self, most: int) -> list[Clip]:
         """Validation clips of its own, where they are there."""
         path = self.folder / CONFIG
@@ -80,12 +95,16 @@ class Entry:
         return []
 
 
+def _is(part: Any, kind: type) -> bool:
+    return OmegaConf.is_dict(part) and str(part.get("_target_")) == f"{kind.__module__}.{kind.__name__}"
+
+
 def find_entries(given: Any) -> list[Entry]:
     """The experiments that `experiment_path` names: one, a folder that holds several, or a list of either.
 
     Raises InputError where one of them is nothing.
     """
-    paths = [given] if isinstance(given, str | Path) else list(given)
+    paths = _listed(given) if isinstance(given, str | Path) else list(given)
     found: dict[Path, str] = {}
     for path in paths:
         folder = find_experiment(path) if str(path) in ARCHIVES else Path(str(path)).expanduser()
@@ -101,6 +120,14 @@ def find_entries(given: Any) -> list[Entry]:
         raise InputError("experiment_path names no experiment; give the folder of a training run")
     names = list(found.values())
     return [Entry(name if names.count(name) == 1 else "/".join(folder.parts[-3:]), folder) for folder, name in found.items()]
+
+
+def _listed(given: str | Path) -> list[str]:
+    """One path, or of "[one, other]", as a command line says it, each; brackets may also be the name of a folder."""
+    text = str(given)
+    if not (text.startswith("[") and text.endswith("]")) or Path(text).exists():
+        return [text]
+    return [path.strip().strip("'\"") for path in text[1:-1].split(",") if path.strip()]
 
 
 def _below(folder: Path, deep: int) -> list[Path]:
@@ -129,15 +156,16 @@ class Shelf:
     """Models by name; the last few that were used stay in memory.
 
     Args:
-        how: the arguments of `VideoToAudio` besides the experiment and its checkpoint.
         kept: how many stay.
+        overrides: merged over each experiment's configuration, but see `Entry.wanted`.
+        how: the other arguments of `VideoToAudio`.
     """
 
-    def __init__(self, entries: Sequence[Entry], kept: int = 2, **how: Any) -> None:
+    def __init__(self, entries: Sequence[Entry], kept: int = 2, overrides: Any = None, **how: Any) -> None:
         if kept < 1:
             raise InputError(f"models_kept={kept} keeps no model to work with; give 1 or more")
         self.entries = {entry.name: entry for entry in entries}
-        self._kept, self._how, self._lock = kept, how, threading.Lock()
+        self._kept, self._overrides, self._how, self._lock = kept, overrides, how, threading.Lock()
         self._models: OrderedDict[tuple[str, str], VideoToAudio] = OrderedDict()
 
     def entry(self, name: str | None) -> Entry:
@@ -157,7 +185,7 @@ class Shelf:
         path, key = entry.checkpoint(checkpoint), (entry.name, checkpoint or BEST)
         with self._lock:  # one at a time: two would need the memory of both
             if key not in self._models:
-                model = VideoToAudio(entry.folder, path, **self._how)
+                model = VideoToAudio(entry.folder, path, **self._how, overrides=entry.wanted(self._overrides))
                 model.check_sight()
                 while len(self._models) >= self._kept:
                     self._models.popitem(last=False)

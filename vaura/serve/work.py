@@ -34,6 +34,7 @@ from vaura.media.mux import AAC_RATES
 from vaura.media.video import Probe
 from vaura.metric.onset import match, onsets
 from vaura.report import SAMPLE_RATE, colour_map, png, spectrogram
+from vaura.serve.line import Line, Stopped
 from vaura.serve.request import Limits, Request, check_request, check_video
 from vaura.serve.rooms import Rooms
 from vaura.serve.shelf import Shelf
@@ -43,10 +44,6 @@ ORIGINAL, CODEC, SAMPLE = "original", "codec", "sample"
 HEARD_AT_ONCE = 10.0  # seconds that a classifier hears at least; shorter sound goes round
 DRAWING = 0.95  # of the bar; what follows is quick
 TELL = 0.2  # seconds between two steps that are told
-
-
-class Stopped(Exception):
-    """Somebody wants no more of it."""
 
 
 # --- what comes out ---
@@ -143,20 +140,19 @@ class Ear:
 
 
 class Workshop:
-    """Makes sound for videos, `at_once` requests at a time.
+    """Makes sound for videos, one request after another, or a few at a time.
 
     Args:
         shelf: the models.
         rooms: where files go.
+        line: how many requests at once, and how many may wait; None: one, and a few.
     """
 
     def __init__(
-        self, shelf: Shelf, rooms: Rooms, limits: Limits, manner: Manner, ear: Ear | None = None, at_once: int = 1
+        self, shelf: Shelf, rooms: Rooms, limits: Limits, manner: Manner, ear: Ear | None = None, line: Line | None = None
     ) -> None:
-        if at_once < 1:
-            raise InputError(f"at_once={at_once} works on nothing; give 1 or more")
         self.shelf, self.rooms, self.limits, self.manner, self.ear = shelf, rooms, limits, manner, ear
-        self._places = threading.BoundedSemaphore(at_once)
+        self.line = line or Line()
 
     def filled(self, request: Request) -> Request:
         """The request with what it leaves to the model said."""
@@ -193,7 +189,9 @@ class Workshop:
 
         def work() -> None:
             try:
-                with self._places:
+                self.shelf.entry(request.model).checkpoint(request.checkpoint)
+                self.check(video, request)  # nobody waits for nothing
+                with self.line.turn(stop, lambda place: events.put(Step(0.0, f"Waiting: number {place} in line"))):
                     _Job(self, request, video, stop, events.put).do()
             except Exception as error:  # the one who reads the queue raises it
                 events.put(error)

@@ -13,26 +13,28 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from vaura.components import check_components, instantiate
+from vaura.drawing import overrides
 from vaura.errors import InputError
 from vaura.precision import pick_device
+from vaura.serve.line import Line
 from vaura.serve.page import Examples, build, launching, open_gradio
 from vaura.serve.request import Limits
 from vaura.serve.rooms import Rooms
-from vaura.serve.shelf import Shelf, find_entries
+from vaura.serve.shelf import Entry, Shelf, find_entries
 from vaura.serve.work import Ear, Manner, Workshop
 
 
 def serve(config: DictConfig) -> None:
     """Open the page and keep it open until Ctrl-C. Raises InputError where it cannot be, before anybody is let in."""
     check_components(config)
-    if config.queue < 1:
-        raise InputError(f"queue={config.queue} lets nobody wait; give 1 or more")
+    given = config.experiment_path
+    entries = find_entries(OmegaConf.to_object(given) if OmegaConf.is_config(given) else given)
     rooms = Rooms(config.folder, 60 * config.keep_minutes)
     try:
         gr = open_gradio(rooms.root)
-        shop = workshop(config, rooms)
+        shop = workshop(config, entries, rooms)
         examples = Examples(shop, config.examples, config.examples_shown)
-        page = build(gr, shop, config.title, examples, config.queue, config.at_once)
+        page = build(gr, shop, config.title, examples)
         rooms.keep_swept()
         _open(gr, page, config)
         number = len(shop.shelf.entries)
@@ -46,17 +48,16 @@ def serve(config: DictConfig) -> None:
         rooms.close()
 
 
-def workshop(config: DictConfig, rooms: Rooms) -> Workshop:
-    """The workshop that `config` describes, its first model loaded. Raises InputError where there is none, or it is broken."""
-    given = config.experiment_path
+def workshop(config: DictConfig, entries: list[Entry], rooms: Rooms) -> Workshop:
+    """The workshop that `config` describes, its first model loaded. Raises InputError where it is broken."""
     shelf = Shelf(
-        find_entries(OmegaConf.to_object(given) if OmegaConf.is_config(given) else given),
+        entries,
         config.models_kept,
         device=config.device,
         precision=config.precision,
         engine=config.engine,
         compile=config.compile,
-        overrides=_overrides(config),
+        overrides=overrides(config),
     )
     sampler = config.sampler or {}
     manner = Manner(
@@ -71,19 +72,9 @@ def workshop(config: DictConfig, rooms: Rooms) -> Workshop:
         tolerance=config.tolerance,
     )
     limits = Limits(config.upload_mb, config.seconds, config.samples)
-    shop = Workshop(shelf, rooms, limits, manner, _ear(config), config.at_once)
+    shop = Workshop(shelf, rooms, limits, manner, _ear(config), Line(config.at_once, config.queue))
     shelf.model()
     return shop
-
-
-def _overrides(config: DictConfig) -> Any:
-    """What is merged over an experiment's configuration: `overridden_hparams`, an `encoder`, a `vocoder`."""
-    parts: list[Any] = [OmegaConf.create(config.overridden_hparams)]
-    if config.encoder is not None:
-        parts.append({"encoder": config.encoder})
-    if config.vocoder is not None:
-        parts.append({"tokenizer": {"vocoder": config.vocoder}})
-    return OmegaConf.merge(*parts)
 
 
 def _ear(config: DictConfig) -> Ear | None:
@@ -109,6 +100,7 @@ def _open(gr: Any, page: Any, config: DictConfig) -> None:
                 share=config.share,
                 inbrowser=config.open_browser,
                 max_file_size=int(config.upload_mb * 1e6),
+                max_threads=config.at_once + config.queue + 24,  # one who waits holds one
                 prevent_thread_lock=True,
                 quiet=True,
                 **launching(gr),

@@ -19,7 +19,7 @@ from vaura.data.world import SECOND, World, build
 from vaura.errors import InputError
 from vaura.finetune.beginning import begin, join
 from vaura.finetune.comparison import rows_of, table, verdict
-from vaura.finetune.run import check_fit
+from vaura.finetune.verb import check_fit
 from vaura.launch import run
 from vaura.lm.lora import LowRank
 from vaura.media.content import content_hash
@@ -117,6 +117,16 @@ def test_a_loss_that_did_not_fall_is_told_plainly(tmp_path):
     assert [line.split()[-1] for line in table(rows_of(result)).splitlines()[1:]] == ["worse", "better"]
     result["after"]["validation_loss"] = 0.5
     assert verdict(tmp_path, result) == "The validation loss fell from 1.0000 to 0.5000."
+
+
+def test_what_the_sounds_say_against_it_is_told(tmp_path):
+    before = {"validation_loss": 1.0, "onset_f1": 0.5, "onset_f1_chance": 0.3, "stft_convergence": 0.8}
+    after = {"validation_loss": 0.5, "onset_f1": 0.45, "onset_f1_chance": 0.3, "stft_convergence": 0.7}
+    told = "The validation loss fell from 1.0000 to 0.5000. The held-out sounds got worse in onset F1."
+    assert verdict(tmp_path, {"before": before, "after": after}) == told
+    after["intervals"] = {"onset_f1": [0.25, 0.6]}
+    chance = " They fall no surer than by chance: onset F1 0.45, against another clip's truth 0.30."
+    assert verdict(tmp_path, {"before": before, "after": after}) == told + chance
 
 
 def test_a_run_that_stopped_goes_on_as_if_it_had_not_and_without_its_base(tuned, tmp_path):
