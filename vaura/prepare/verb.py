@@ -14,7 +14,6 @@ from __future__ import annotations
 import inspect
 import os
 import re
-import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -29,14 +28,14 @@ from yaml import YAMLError
 from vaura.components import check_components
 from vaura.config import save_config
 from vaura.data.manifest import SPLITS, Clip, read_manifest, write_manifest
-from vaura.data.prepared import CLIPS, MANIFEST, PARTS
+from vaura.data.prepared import MANIFEST
 from vaura.data.splits import Sorted, check_shares, recording_rule, split
 from vaura.errors import InputError, nearest
-from vaura.files import MARK, make_folder, write_aside
+from vaura.files import make_folder, write_aside
 from vaura.media.content import Contents
-from vaura.media.stills import FACTS
 from vaura.precision import pick_device
-from vaura.prepare.cut import RECORDS, Cut, Cutting
+from vaura.prepare.cut import Cut, Cutting
+from vaura.prepare.leftovers import CONTENTS, of_earlier_runs, remove_unfinished
 from vaura.prepare.local import Local
 from vaura.prepare.parts import Blueprint, Codes, Features, Flow, FlowStills, Frames, Mel, Pictures
 from vaura.prepare.sources import Source, find_sources, share_of_sources
@@ -44,7 +43,7 @@ from vaura.prepare.stage import Engine, Stage
 from vaura.prepare.summary import Tally, added, counted, earlier, own, table, write_errors, write_summary
 from vaura.progress import bar
 
-CONTENTS, CONFIG = "contents", "config.yaml"
+CONFIG = "config.yaml"
 ENGINES, LAYOUTS = ("local", "ray"), ("specvqgan", "specvqgan_flat")
 Settings = TypeVar("Settings")
 Error = dict[str, str]
@@ -118,7 +117,7 @@ def _prepared(
     lines = []
     if config.shard is None:
         clips, lines = finish(config, out, share, clips, sides, [stage.name for stage in stages])
-        lines += _earlier_left(out, share, cut_now, config.remove_old)
+        lines += of_earlier_runs(out, share, cut_now, config.remove_old)
     else:
         lines.append(f"This is shard {config.shard}; when all are done, the same command without shard finishes {out}.")
     _tell(config, out, share, clips, tallies, errors, lines)
@@ -260,61 +259,6 @@ def run_stage(
             shown.advance(1, f"{len(failed)} left out" if failed else None)
     tally.wall = time.monotonic() - begun if waiting else 0.0
     return failed
-
-
-def old_files(out: Path, sources: Sequence[Source], clips: Sequence[Clip]) -> list[Path]:
-    """Clips, records, parts and folders of jpegs of videos that are not there now, or of longer ones cut otherwise."""
-    ids, names = {clip.id for clip in clips}, {source.id for source in sources}
-    found = []
-    for kind in (CLIPS, RECORDS, PARTS):
-        for home, folders, files in os.walk(out / kind):
-            stills = [name for name in folders if Path(home, name, FACTS).exists()]
-            for name in [*stills, *files]:
-                below = Path(home, name).relative_to(out / kind).as_posix()
-                below = below.partition("/")[2] if kind == PARTS else below
-                called = below if name in stills else below.rpartition(".")[0]
-                if called not in (names if kind == RECORDS else ids):
-                    found.append(Path(home, name))
-            folders[:] = [name for name in folders if name not in stills]
-    return sorted(found)
-
-
-def _earlier_left(out: Path, sources: Sequence[Source], clips: Sequence[Clip], remove: bool) -> list[str]:
-    """What is to be told of files that are not wanted now; they are removed where that is asked for."""
-    old = old_files(out, sources, clips)
-    if not old:
-        return []
-    if not remove:
-        return [f"Of videos or settings of earlier runs there are {len(old)} more files; remove_old=true removes them."]
-    for path in old:
-        if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink(missing_ok=True)
-    return [f"Of videos or settings of earlier runs {len(old)} files were removed."]
-
-
-def remove_unfinished(out: Path, share: set[str] | None) -> None:
-    """Remove what killed runs had begun to write; of a shard only what belongs to its videos, for others may be writing."""
-    for kind in (CLIPS, RECORDS, PARTS, CONTENTS, ""):
-        root = out / kind
-        for home, folders, names in os.walk(root):
-            for name in [*folders, *names]:
-                match = re.fullmatch(rf"\.(.+)\.{MARK.pattern}(\.[^.]+)?", name)
-                if not match:
-                    continue
-                # of a folder, jpegs of a clip, what looks like a suffix belongs to its name
-                whole = match[1] + (match[2] or "") if name in folders else match[1]
-                below = Path(home, whole).relative_to(root).as_posix()
-                below = below.partition("/")[2] if kind == PARTS else below
-                source = below if kind == RECORDS else re.sub(r"_[0-9]{4,}$", "", below)
-                if share is None or (source in share and kind in (CLIPS, RECORDS, PARTS)):
-                    if name in folders:
-                        shutil.rmtree(Path(home, name), ignore_errors=True)
-                    else:
-                        Path(home, name).unlink(missing_ok=True)
-            # nothing is begun in the folder itself but what has its own name, nor within the jpegs of a clip
-            folders[:] = [] if not kind else [name for name in folders if not Path(home, name, FACTS).exists()]
 
 
 def finish(
