@@ -14,6 +14,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # a core for each: threads of all would wait for one another
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import torch
 from omegaconf import DictConfig, OmegaConf
 

@@ -67,7 +67,7 @@ def experiment(tmp_path) -> Path:
 def test_the_first_two_commands():
     first, second = [block for language, block in BLOCKS if not language][:2]
     assert first == "pip install -e . && python main.py config=configs/quickstart.yaml\n"
-    assert second == 'pip install -e ".[test]" && pytest -m "not slow"\n'
+    assert second == 'pip install -e ".[test]" && pytest -m "not slow" -n 2 --dist loadfile\n'
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -24,7 +24,7 @@ BLOCKS = 4096
 """Pieces of work that Ray is given at most; of more items several make a piece."""
 
 RETRIES = 1
-"""How often an item is begun anew whose process was lost, before it is told and left."""
+"""How often an item is begun anew among the others when its process was lost, before that is done alone."""
 
 ANSWER = 5.0
 """Seconds in which a cluster's address has to answer."""
@@ -71,21 +71,23 @@ class RayEngine:
         self._ray, self._own = None, False
 
     def run(self, stage: Stage, items: Sequence[Any]) -> Iterator[Outcome]:
-        """See `Engine`. An item that ends its process again and again is told, and takes no other with it."""
+        """See `Engine`. An item that ends its process is told, and takes no other with it.
+
+        What was lost is begun anew alone: it may have waited where another ended the process.
+        """
         left = dict(enumerate(items))
-        for blocks in (BLOCKS, len(items)):
-            if not left:
-                return
-            for number, outcome in self._pass(stage, left, blocks):
+        for number, outcome in self._pass(stage, left, BLOCKS, RETRIES) if left else ():
+            left.pop(number)
+            yield outcome
+        for number, item in list(left.items()):
+            for _, outcome in self._pass(stage, {number: item}, 1, 0):
                 left.pop(number)
                 yield outcome
-            if len(items) <= BLOCKS:
-                break
         for item in left.values():
             sentence = f"{item.id} ended the process that worked on it; it is damaged, or too large for memory"
             yield Outcome(item.id, sentence)
 
-    def _pass(self, stage: Stage, items: dict[int, Any], blocks: int) -> Iterator[tuple[int, Outcome]]:
+    def _pass(self, stage: Stage, items: dict[int, Any], blocks: int, retries: int) -> Iterator[tuple[int, Outcome]]:
         """The outcome of each item as it comes, with its number; of items whose process was lost nothing comes."""
         ray = self._started()
         data = ray.data.from_items(
@@ -97,8 +99,8 @@ class RayEngine:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Ray means to set retries in another way, which is not there yet
             if stage.heavy:
-                data = data.map(_Reader(stage), num_cpus=self._read_cpus(), max_retries=RETRIES)
-            fails = {"max_restarts": -1, "max_task_retries": RETRIES}
+                data = data.map(_Reader(stage), num_cpus=self._read_cpus(), max_retries=retries)
+            fails = {"max_restarts": -1, "max_task_retries": retries}
             made = data.map(_Maker, fn_constructor_args=(stage, device), compute=pool, **needs, **fails)
         for row in made.iter_rows():
             refused = row["refused"]
