@@ -3,7 +3,7 @@ import threading
 import pytest
 
 from vaura.serve import cards
-from vaura.serve.page import FAILED, FORM, Desk, address
+from vaura.serve.desk import FAILED, FORM, Desk, address
 from vaura.serve.request import Request
 from vaura.serve.work import Step
 

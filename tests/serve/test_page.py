@@ -20,7 +20,7 @@ import soundfile
 from vaura.command import CONFIGS
 from vaura.drawing import VideoToAudio
 from vaura.errors import InputError
-from vaura.serve.page import POLICY, open_gradio
+from vaura.serve.gradio_door import POLICY, open_gradio
 
 SHARED = Path(os.environ.get("VAURA_SHARED", Path(__file__).parents[3] / "shared"))
 MAIN = CONFIGS.parent / "main.py"

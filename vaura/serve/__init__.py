@@ -6,6 +6,8 @@ rooms.py    a folder for every request, and its end
 line.py     who is next
 work.py     the work: a request and a video in, steps and pieces and results out; no page needed
 cards.py    results as HTML
-page.py     the page and its endpoint (Gradio), page.css, page.js
+desk.py     what the page and its endpoint answer
+page.py     the page (Gradio), page.css, page.js
+gradio_door.py  Gradio: opened, guarded, its looks
 verb.py     the verb: python main.py config=configs/serve.yaml experiment_path=EXPERIMENT
 """

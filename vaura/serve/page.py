@@ -1,156 +1,22 @@
-"""The page and its endpoint, by Gradio: what people see and say, handed to the workshop and back."""
+"""The page, by Gradio: what people see and say, handed to the desk and back."""
 
 from __future__ import annotations
 
-import json
-import os
 import secrets
 import shutil
-import sys
-import threading
-import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import partial
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 from vaura.data.manifest import Clip, find_videos
 from vaura.errors import InputError
 from vaura.media.video import read_video
 from vaura.serve import cards
-from vaura.serve.line import Stopped
+from vaura.serve.desk import FORM, Desk
 from vaura.serve.request import Request
 from vaura.serve.shelf import BEST, classes_of
-from vaura.serve.work import CODEC, ORIGINAL, SAMPLE, Done, Heard, Piece, Step, Workshop
-
-MISSING = "the page is made by Gradio, which is not installed: pip install 'vaura[serve]'"
-FAILED = "something went wrong here that is not your fault; try again, or tell who runs this page: its log says what it was"
-FORM = (
-    "model",
-    "checkpoint",
-    "start",
-    "duration",
-    "samples",
-    "guidance",
-    "temperature",
-    "top_k",
-    "top_p",
-    "seed",
-    "prime",
-    "label",
-)
-POLICY = (  # nothing on the page may ask any other server
-    "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; style-src 'self' 'unsafe-inline'; "
-    "img-src 'self' data: blob:; media-src 'self' data: blob:; font-src 'self' data:; connect-src 'self' blob: data:; "
-    "worker-src 'self' blob:; form-action 'self'; base-uri 'self'"
-)
-GUARDS = {"content-security-policy": POLICY, "referrer-policy": "same-origin", "x-content-type-options": "nosniff"}
-
-
-def open_gradio(cache: Path) -> Any:
-    """Gradio, silent towards everybody and with its files in `cache`. Raises InputError where it is not installed."""
-    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-    os.environ["GRADIO_TEMP_DIR"] = str(cache)  # read whenever a file comes in
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    try:
-        import gradio
-    except ModuleNotFoundError as error:
-        raise InputError(MISSING) from error
-    return gradio
-
-
-def address(path: Path) -> str:
-    """Where a browser finds a file, below the page's own address."""
-    return f"gradio_api/file={quote(str(path))}"
-
-
-def theme(gr: Any) -> Any:
-    """Calm colours, those of the report, in fonts that every machine has."""
-    violet = gr.themes.Color(
-        "#f3f1fd", "#e7e3fb", "#d0c9f7", "#b3a8f1", "#9486e8", "#7362da", "#5443c8", "#4536a8", "#372b85", "#2a2166", "#1c1647"
-    )
-    warm = gr.themes.Color(
-        "#faf9f6", "#f3f1ec", "#e3e0d9", "#cfcbc2", "#a19eae", "#7c7986", "#5d5b66", "#45434e", "#302e3a", "#1b1a21", "#131217"
-    )
-    fonts = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif"]
-    mono = ["ui-monospace", "SF Mono", "Menlo", "Consolas", "monospace"]
-    calm = gr.themes.Base(
-        primary_hue=violet, secondary_hue=violet, neutral_hue=warm, radius_size="lg", font=fonts, font_mono=mono
-    )
-    colours = {
-        "body_background_fill": ("#faf9f6", "#131217"),
-        "body_text_color": ("#1d1c22", "#eceaf2"),
-        "body_text_color_subdued": ("#5d5b66", "#a19eae"),
-        "background_fill_primary": ("#ffffff", "#1b1a21"),
-        "background_fill_secondary": ("#faf9f6", "#17161c"),
-        "block_background_fill": ("#ffffff", "#1b1a21"),
-        "block_border_color": ("#e3e0d9", "#302e3a"),
-        "border_color_primary": ("#e3e0d9", "#302e3a"),
-        "block_label_background_fill": ("#ffffff", "#1b1a21"),
-        "block_label_text_color": ("#5d5b66", "#a19eae"),
-        "block_title_text_color": ("#1d1c22", "#eceaf2"),
-        "input_background_fill": ("#faf9f6", "#131217"),
-        "input_border_color": ("#e3e0d9", "#302e3a"),
-        "slider_color": ("#5443c8", "#ab9fff"),
-        "button_primary_background_fill": ("#5443c8", "#ab9fff"),
-        "button_primary_background_fill_hover": ("#4536a8", "#bdb4ff"),
-        "button_primary_text_color": ("#ffffff", "#14121b"),
-        "button_secondary_background_fill": ("#f3f1ec", "#26242e"),
-        "button_secondary_background_fill_hover": ("#eceae4", "#302e3a"),
-        "button_secondary_text_color": ("#1d1c22", "#eceaf2"),
-        "link_text_color": ("#5443c8", "#ab9fff"),
-        "color_accent_soft": ("#f3f1fd", "#262238"),
-    }
-    both = {name: light for name, (light, _) in colours.items()} | {f"{name}_dark": dark for name, (_, dark) in colours.items()}
-    return calm.set(
-        **both,
-        block_shadow="none",
-        block_radius="14px",
-        container_radius="14px",
-        input_radius="9px",
-        block_title_text_weight="500",
-        button_large_radius="99px",
-        button_small_radius="99px",
-        button_large_text_weight="600",
-        shadow_drop="none",
-        shadow_drop_lg="none",
-    )
-
-
-def launching(gr: Any) -> dict[str, Any]:
-    """What `launch` is told about looks and safety."""
-    from starlette.middleware import Middleware
-
-    page = files("vaura.serve")
-    return {
-        "theme": theme(gr),
-        "css": page.joinpath("page.css").read_text("utf-8"),
-        "head": f"<script>{page.joinpath('page.js').read_text('utf-8')}</script>",
-        "app_kwargs": {"middleware": [Middleware(_Guarded)]},
-        "footer_links": ["api"],
-        "show_error": False,  # a defect's words are for the log
-        "enable_monitoring": False,
-        "ssr_mode": False,
-        "pwa": False,
-    }
-
-
-class _Guarded:
-    """Every answer says that the page is to ask nobody else, and to tell nobody whence it was opened."""
-
-    def __init__(self, app: Any) -> None:
-        self.app = app
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        async def guarded(message: Any) -> None:
-            if message["type"] == "http.response.start":
-                said = ((name.encode(), value.encode()) for name, value in GUARDS.items())
-                message["headers"] = [*message["headers"], *said]
-            await send(message)
-
-        await self.app(scope, receive, guarded)
+from vaura.serve.work import CODEC, ORIGINAL, SAMPLE, Step, Workshop
 
 
 class Examples:
@@ -189,126 +55,6 @@ class Examples:
         if not copy.is_file():
             shutil.copyfile(clip.video, copy)
         return str(copy), float(clip.start), None if clip.duration != clip.duration else float(clip.duration)
-
-
-class Desk:
-    """Answers the page: one request a visitor at a time, each told in his own words."""
-
-    def __init__(self, shop: Workshop, gr: Any) -> None:
-        self.shop, self.gr, self._stops = shop, gr, dict[str, threading.Event]()
-
-    # --- one visitor's request ---
-
-    def begin(self, visitor: str) -> None:
-        self.stop(visitor)
-        self._stops[visitor] = threading.Event()
-
-    def stop(self, visitor: str) -> None:
-        if stop := self._stops.get(visitor):
-            stop.set()
-
-    def leave(self, visitor: str) -> None:
-        self.stop(visitor)
-        self._stops.pop(visitor, None)
-
-    def answer(self, visitor: str, video: str | None, form: Sequence[Any]) -> Iterator[dict[str, Any]]:
-        """What changes on the page, by name: state, feed, cards by their place, summary, settings."""
-        stop = self._stops.setdefault(visitor, threading.Event())
-        pieces, true, token, width = list[Piece](), None, secrets.token_hex(8), None
-        drawn, made = 0, dict[str, str]()
-        try:
-            if video is not None:
-                width = self.shop.check(video).width
-            tolerance = self.shop.manner.tolerance
-            for event in self.shop.run(self.request(form), video, stop):
-                if isinstance(event, Step):
-                    yield {"state": cards.progress(event)}
-                elif isinstance(event, Piece):
-                    pieces.append(event)
-                    yield {"feed": cards.feed(token, pieces, None if true is None else true.video, address, False)}
-                elif isinstance(event, Heard):
-                    true = event if event.kind == ORIGINAL else true
-                    drawn += event.kind == SAMPLE
-                    place = _place(event, drawn)
-                    made[place] = cards.card(event, address, None if event is true else true, width, tolerance)
-                    yield {place: made[place]}
-                elif isinstance(event, Done):
-                    yield made | self._ended(event, pieces, token)  # a busy browser may have missed one
-        except Stopped:
-            yield {"state": cards.notice("stopped"), "feed": ""}
-        except InputError as error:
-            yield {"state": cards.notice(self.shop.told(error, video), wrong=True), "feed": ""}
-        except Exception:  # a defect of ours: its traceback is for the log, and no visitor's business
-            traceback.print_exc(file=sys.stderr)
-            yield {"state": cards.notice(FAILED, wrong=True), "feed": ""}
-
-    def request(self, form: Sequence[Any]) -> Request:
-        """What a form says; a duration of 0 is none."""
-        said = dict(zip(FORM, form, strict=True))
-        return Request.of(said | {"duration": said["duration"] or None})
-
-    def _ended(self, done: Done, pieces: list[Piece], token: str) -> dict[str, Any]:
-        room = done.heard[0].video.parent
-        changed: dict[str, Any] = {
-            "state": "",
-            "summary": cards.summary(done, room / "settings.json", address),
-            "settings": done.request.json(done.video),
-        }
-        if pieces:
-            changed["feed"] = cards.feed(token, pieces, done.heard[0].video, address, True)
-        return changed
-
-    # --- the endpoint ---
-
-    def endpoint(self, video: str | None, form: Sequence[Any], progress: Any) -> tuple[list[str], dict[str, Any]]:
-        """Files (mp4 and wav of each sample, of the original, and of that through the codec) and what they are."""
-        try:
-            for event in self.shop.run(self.request(form), video):
-                if isinstance(event, Step):
-                    progress(event.share, desc=event.what)
-                elif isinstance(event, Done):
-                    return _files(event), _report(event)
-        except InputError as error:
-            raise self.gr.Error(self.shop.told(error, video), print_exception=False) from error
-        except Exception as error:
-            traceback.print_exc(file=sys.stderr)
-            raise self.gr.Error(FAILED, print_exception=False) from error
-        raise AssertionError("a request ends in Done or by an error")
-
-    def shelf(self) -> list[dict[str, Any]]:
-        """The models, their checkpoints and what is known of them."""
-        return [
-            {"model": entry.name, "checkpoints": list(entry.checkpoints), "about": entry.said}
-            for entry in self.shop.shelf.entries.values()
-        ]
-
-
-def _place(heard: Heard, drawn: int) -> str:
-    return heard.kind if heard.kind in (ORIGINAL, CODEC) else f"{SAMPLE}{drawn}"
-
-
-def _files(done: Done) -> list[str]:
-    order = {SAMPLE: 0, ORIGINAL: 1, CODEC: 2}
-    ranked = sorted(done.heard, key=lambda heard: order[heard.kind])
-    return [str(path) for heard in ranked for path in (heard.video, heard.wav) if path is not None]
-
-
-def _report(done: Done) -> dict[str, Any]:
-    return {
-        "settings": json.loads(done.request.json(done.video)),
-        "seconds": round(done.took, 3),
-        "heard": [
-            {
-                "kind": heard.kind,
-                "video": heard.video.name,
-                "wav": None if heard.wav is None else heard.wav.name,
-                "duration": heard.duration,
-                "onsets": [round(onset, 3) for onset in heard.onsets],
-                "classes": [{"class": name, "share": round(share, 4)} for name, share in heard.classes],
-            }
-            for heard in done.heard
-        ],
-    }
 
 
 def build(gr: Any, shop: Workshop, title: str, examples: Examples) -> Any:

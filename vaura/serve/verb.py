@@ -16,8 +16,9 @@ from vaura.components import check_components, instantiate
 from vaura.drawing import overrides
 from vaura.errors import InputError
 from vaura.precision import pick_device
+from vaura.serve.gradio_door import launching, open_gradio
 from vaura.serve.line import Line
-from vaura.serve.page import Examples, build, launching, open_gradio
+from vaura.serve.page import Examples, build
 from vaura.serve.request import Limits
 from vaura.serve.rooms import Rooms
 from vaura.serve.shelf import Entry, Shelf, find_entries
