@@ -11,8 +11,8 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
-from multiprocessing.synchronize import Event
+from contextlib import contextmanager, suppress
+from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
@@ -98,16 +98,18 @@ class Local:
     def _started(self) -> ProcessPoolExecutor:
         if self._pool is None:
             context = multiprocessing.get_context("spawn")
-            self._stop = context.Event()
-            self._pool = ProcessPoolExecutor(self.workers, context, _settle, (self._stop,))
+            self._here, self._alive = context.Pipe(duplex=False)
+            self._pool = ProcessPoolExecutor(self.workers, context, _settle, (self._here,))
         return self._pool
 
     def _end(self, now: bool) -> None:
         """End the processes, `now` in the middle of an item: what that had begun to write is no file yet."""
         if self._pool is not None:
             if now:
-                self._stop.set()
+                self._alive.close()
             self._pool.shutdown(wait=True, cancel_futures=now)
+            self._alive.close()
+            self._here.close()
             self._pool = None
 
 
@@ -118,14 +120,20 @@ _numbers = itertools.count()
 _kept: tuple[int, Stage] | None = None
 
 
-def _settle(stop: Event) -> None:
-    """One thread a process; interrupts are the parent's business; its death, or `stop`, ends the process."""
+def _settle(parent: Connection) -> None:
+    """One thread a process; interrupts are the parent's business, and its end is ours, or that of its side of the pipe.
+
+    Not an Event of multiprocessing: to set one waits for all who wait for it, those too that were killed meanwhile.
+    """
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        for end in (parent.join, stop.wait):
-            threading.Thread(target=lambda end=end: (end(), os._exit(1)), daemon=True).start()
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+
+
+def _end_with(parent: Connection) -> None:
+    with suppress(EOFError, OSError):
+        parent.recv()
+    os._exit(1)
 
 
 def _stage(sent: tuple[int, Stage]) -> Stage:
