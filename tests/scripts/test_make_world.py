@@ -1,9 +1,13 @@
 """A small world from the command line."""
 
+import runpy
+from pathlib import Path
+
 import pytest
 
-from scripts.make_world import main
 from vaura.data.manifest import read_manifest
+
+main = runpy.run_path(str(Path(__file__).resolve().parents[2] / "scripts" / "make_world.py"))["main"]
 
 
 def test_a_world_of_other_materials(tmp_path, capsys):
